@@ -1,0 +1,969 @@
+"""Teach a network to draw faces of people who do not exist, by denoising diffusion.
+
+    python scriptc.py                  train on every image below fake_face/, or go on with the run begun there
+    python scriptc.py --demo           the same within a few minutes, on faces that it draws itself
+    python scriptc.py --sample 64      no training: draw 64 new faces with what the checkpoint has learnt
+
+In reading order: settings, data, forward diffusion, network, sampling, pictures, checkpoint, training, main.
+
+The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), and names follow it: x_0 is
+an image in [-1, 1], x_t the same image with the noise of timestep t in it, alphas_cumprod[t] the paper's alpha-bar_t.
+"""
+
+import time
+
+START = time.time()  # before the slow imports: --minutes counts from here
+
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import json
+import math
+import mmap
+import os
+import pathlib
+import signal
+import struct
+import sys
+import tempfile
+import zipfile
+import zlib
+from multiprocessing.pool import ThreadPool
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """What only the user can put right; the text is the sentence that says how."""
+
+
+# ------------------------------------------------------------------------------------------------------- settings ----
+
+NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
+LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends: giving one replaces the three of the checkpoint
+STORED = NETWORK + LIMITS + ("dataroot", "results", "batch_size", "lr", "seed", "precision")
+DEMO_IMAGES, DEMO_MINUTES = 2000, 4.5  # with start-up and drawing the images, under six minutes on two cores
+
+
+def whole_number(least, most=10**9, multiple_of=1):
+    """A type for argparse: an int from `least` to `most` that `multiple_of` divides."""
+
+    def convert(text):
+        number = int(text) if text.lstrip("+-").isdecimal() else None
+        if number is None or not least <= number <= most or number % multiple_of:
+            kind = "a whole number" if multiple_of == 1 else f"a multiple of {multiple_of}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} from {least} to {most}")
+        return number
+
+    return convert
+
+
+def positive_number(text):
+    """A type for argparse: a float above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def build_parser():
+    """Every setting and its default: this is their only home."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]    --help lists them",
+        description="Train a denoising diffusion network on a folder of faces, and draw new ones.",
+        epilog="What is not given comes from the checkpoint when there is one, else from the default in brackets.")
+    add = parser.add_argument
+    add("--dataroot", metavar="DIR", help="train on every image below it (fake_face beside this script)")
+    add("--results", metavar="DIR", help="for grids, curve and metrics (results beside this script)")
+    add("--checkpoint", metavar="FILE", help="created, later resumed from (model_checkpoint.pth beside this script)")
+    add("--image-size", metavar="PX", type=whole_number(16, 256, 16), default=64, help="side of the images (64)")
+    add("--channels", metavar="C", type=whole_number(8, 4096, 8), nargs="+",
+        help="width of the network at each resolution, first to last (by device)")
+    add("--batch-size", metavar="N", type=whole_number(1), default=128, help="images per optimiser step (128)")
+    add("--epochs", metavar="N", type=whole_number(1), help="passes over the images (100; else until --minutes...)")
+    add("--minutes", metavar="M", type=positive_number, help="wall-clock budget of the whole run, start-up included")
+    add("--max-steps", metavar="N", type=whole_number(1), help="stop after N optimiser steps in all")
+    add("--save-minutes", metavar="M", type=positive_number, default=10, help="longest time between checkpoints (10)")
+    add("--lr", metavar="X", type=positive_number, default=1e-3, help="highest learning rate (0.001)")
+    add("--timesteps", metavar="T", type=whole_number(10, 10_000), default=1000, help="of the diffusion (1000)")
+    add("--seed", metavar="S", type=whole_number(0), default=0, help="fixes weights, order, noise and samples (0)")
+    add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(the fastest that trains well)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile (no)")
+    add("--demo", action="store_true", help="no images needed: train on drawn faces, everything in results/demo")
+    add("--sample", metavar="N", type=whole_number(1), help="no training: draw N images into results/samples")
+    add("--sample-steps", metavar="K", type=whole_number(1), default=30, help="network evaluations per image (30)")
+    return parser
+
+
+def read_settings(argv):
+    """(settings, checkpoint to go on from or None): the command line, completed by the checkpoint, then by defaults."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    untouched = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = {name: value for name, value in vars(parser.parse_args(argv, untouched)).items() if value is not None}
+    if args.demo and given.keys() & {"dataroot", "checkpoint"}:
+        parser.error("--demo draws its own faces and keeps all in results/demo: leave --dataroot and --checkpoint out")
+
+    folder = pathlib.Path(args.results or HERE / "results", "demo") if args.demo else HERE
+    args.checkpoint = pathlib.Path(args.checkpoint or folder / "model_checkpoint.pth")
+    saved = read_checkpoint(args.checkpoint)
+    config = dict(saved["config"]) if saved else {}
+    differ = [name for name in NETWORK if saved and given.get(name, config[name]) != config[name]]
+    if differ:
+        changes = ", ".join(f"{flag(name)} {shown(config[name])} there, {shown(given[name])} here" for name in differ)
+        raise UserError(f"{args.checkpoint} holds another network ({changes}): leave {' and '.join(map(flag, differ))} out "
+                        "to go on with it, or begin a new one with --checkpoint NEW.pth")
+    if given.keys() & set(LIMITS):
+        config = {name: value for name, value in config.items() if name not in LIMITS}
+    vars(args).update(config | given | {"checkpoint": args.checkpoint})
+    if not (args.epochs or args.minutes or args.max_steps):
+        vars(args).update({"minutes": DEMO_MINUTES} if args.demo else {"epochs": 100})
+    args.device = choose_device(args.device)
+    args.channels = args.channels or ([64, 128, 256, 512] if args.device.type == "cuda" else [32, 64, 128, 256])
+    args.config = {name: vars(args)[name] for name in STORED}
+    if args.image_size % 2 ** (len(args.channels) - 1):
+        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, once between each "
+                        f"two of --channels {shown(args.channels)}: give fewer channels or another size")
+
+    args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
+    args.dataroot = args.results / "faces" if args.demo else pathlib.Path(args.dataroot or HERE / "fake_face")
+    return args, saved
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def shown(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def duration(seconds):
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+
+
+def say(line):
+    """A line that stays, above the progress bar if there is one."""
+    tqdm.write(line)
+
+
+def track(items, total, what):
+    """Pass `items` on: behind a progress bar on a terminal, with a plain line every 30 s elsewhere."""
+    bar = tqdm(items, total=total, desc=what, unit="img", leave=False, disable=None)
+    said = time.time()
+    for done, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and time.time() - said > 30:
+            say(f"{what}: {done} of {total}")
+            said = time.time()
+
+
+def check_writable(folder):
+    """Make `folder` if need be; UserError at once, not after hours, where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): name another with --results or --checkpoint") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a file to write; it appears under `path` whole and flushed to disk, or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- data ----
+
+Image.init()
+FORMATS = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"}
+FORMATS = sorted(FORMATS & Image.OPEN.keys())  # the rest of what Pillow reads is no photographs, or runs other programs
+SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+MAX_PIXELS = 64_000_000
+HELD_OUT_ONE_IN = 20
+
+
+def generator(*key, device="cpu"):
+    """A random generator that depends on `key` alone, so that any moment of a run can be repeated from its number."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def read_image(path, size):
+    """An image file's first frame, upright, over white, centre-cropped: (size, size, 3) uint8. Raises what Pillow does."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"claims {image.width} x {image.height} pixels")
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled while it is decoded, to no less than twice the need
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a channel: Pillow would clip them
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+
+
+def decode(path, size):
+    """read_image for any file whatever: (pixels, "") or (None, the reason to skip it)."""
+    try:
+        if not os.path.isfile(path):
+            return None, "a folder" if os.path.isdir(path) else "not a file"
+        return (read_image(path, size), "") if os.path.getsize(path) else (None, "empty")
+    except UnidentifiedImageError:
+        return None, "not an image"
+    except Exception as error:  # broken files make Pillow's decoders raise almost anything
+        return None, getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def list_files(root):
+    """{path relative to root: [bytes, modified ns]} of all below `root`, through links too, but nothing hidden."""
+    files, walked = {}, set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in walked:  # a link that leads back up
+            subfolders.clear()
+            continue
+        walked.add((about.st_dev, about.st_ino))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names + [name for name in subfolders if name.lower().endswith(SUFFIXES)]:
+            if not name.startswith("."):
+                path = os.path.join(folder, name)
+                about = os.stat(path) if os.path.isfile(path) else None
+                files[os.path.relpath(path, root)] = [about.st_size, about.st_mtime_ns] if about else [0, 0]
+    return files
+
+
+def open_cache(path, size):
+    """(index, pixels) of a cache file; ({}, None) where there is none that is whole and of this image size."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entry = file.getinfo("pixels")
+            if entry.compress_type != zipfile.ZIP_STORED or file.testzip():
+                return {}, None
+            index = json.loads(file.read("index.json"))
+        shape = (sum(not reason for *_, reason in index.values()), size, size, 3)
+        with open(path, "rb") as file:
+            file.seek(entry.header_offset + 26)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        return (index, np.memmap(path, np.uint8, "c", start, shape)) if math.prod(shape) == entry.file_size else ({}, None)
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+        return {}, None
+
+
+def write_cache(path, size, root, files, index, pixels):
+    """Write the cache of `files`: what an older cache (`index`, `pixels`) knows of them is copied, the rest decoded."""
+    rows = {name: row for row, name in enumerate(name for name, about in index.items() if not about[2])}
+    fresh = [name for name in sorted(files) if index.get(name, [])[:2] != files[name]]
+    todo, written, interrupt = set(fresh), {}, None
+    with replacing(path) as out, zipfile.ZipFile(out, "w") as archive, ThreadPool(os.cpu_count()) as pool:
+        decoded = pool.imap(lambda name: decode(os.path.join(root, name), size), fresh, chunksize=8)
+        try:
+            with archive.open("pixels", "w", force_zip64=True) as stream:
+                for name in track(sorted(files), len(files), f"reading images at {size} px"):
+                    image, reason = next(decoded) if name in todo else (pixels[rows[name]] if name in rows else None,
+                                                                        index[name][2])
+                    if image is not None:
+                        stream.write(image.data)
+                    written[name] = [*files[name], reason]
+        except KeyboardInterrupt as stopped:  # what is done is kept: the next start goes on from it
+            interrupt = stopped
+        archive.writestr("index.json", json.dumps(written))
+    if interrupt:
+        raise interrupt
+
+
+def load_images(root, size, results):
+    """Every good image below `root`, decoded once, then kept in a cache file that follows the folder.
+
+    The cache is in `root`, or in `results` where `root` cannot be written. It is a zip file, not compressed: "pixels",
+    (N, size, size, 3) uint8, and "index.json", {name: [bytes, modified ns, reason to skip it or ""]}, in the same order.
+    It is only ever replaced whole, so neither a kill nor a second training can spoil it.
+
+    Returns (names, memory-mapped pixels in that order, {name: reason} of the skipped, path of the cache).
+    """
+    files = list_files(root)
+    places = [pathlib.Path(folder, f".faces_{size}px.cache") for folder in (root, results)]
+    path, (index, pixels) = max(((path, open_cache(path, size)) for path in places), key=lambda found: len(found[1][0]))
+    if {name: about[:2] for name, about in index.items()} != files:
+        for path in places:
+            try:
+                write_cache(path, size, root, files, index, pixels)
+                break
+            except OSError as error:
+                trouble = error
+        else:
+            raise UserError(f"the image cache can be written neither in {root} nor in {results}: {trouble}")
+        index, pixels = open_cache(path, size)
+    names = [name for name, about in index.items() if not about[2]]
+    skipped = {name: about[2] for name, about in index.items() if about[2] and name.lower().endswith(SUFFIXES)}
+    if len(names) < 2:
+        raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
+                        f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, or "
+                        "name a folder of images with --dataroot (--demo needs none)")
+    return names, pixels, skipped, path
+
+
+def split(names):
+    """Row numbers (train, held out): the hash of its name decides, so an image keeps its side as the folder grows."""
+    hashes = np.array([zlib.crc32(os.path.basename(name).encode()) for name in names])
+    held_out = hashes % HELD_OUT_ONE_IN == 0
+    held_out[hashes.argmin()] |= not held_out.any()
+    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
+
+
+class Faces:
+    """The cached pixels as batches on a device: kept on the card where they fit it easily, else read as needed."""
+
+    def __init__(self, pixels, device):
+        self.device, self.mapped = device, pixels._mmap
+        self.pixels = torch.from_numpy(pixels)
+        if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.pixels = self.pixels.to(device)
+
+    def batch(self, rows, flip=None):
+        """Images x_0 (B, 3, S, S) in [-1, 1], channels last, of `rows` (B,), mirrored where `flip` (B,) is True."""
+        images = self.pixels[rows.to(self.pixels.device)]
+        if self.pixels.device.type == "cpu" and hasattr(self.mapped, "madvise"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)  # the system's page cache keeps them, this process need not
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()
+        x_0 = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1
+        return x_0 if flip is None else torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+
+
+# ---------------------------------------------------------------------------------------------- forward diffusion ----
+
+
+def linear_beta_schedule(timesteps):
+    """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4), for any T from 10 up.
+
+    The paper's 1e-4 to 0.02 are for T = 1000. With fewer steps each has to add more noise, else part of the image is
+    left at the end and samples, which start from pure noise, come out washed; so the ends are scaled by 1000 / T.
+    The product of 1 - beta is below 1e-4 for every T.
+    """
+    scale = 1000 / timesteps
+    return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
+
+
+def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
+    """Noise images to their timesteps at once: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4).
+
+    x_0 (B, 3, S, S), t (B,) in [0, T), alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), shaped as x_0.
+    """
+    if noise is None:
+        noise = torch.randn_like(x_0)
+    a_t = alphas_cumprod[t][:, None, None, None]
+    return (a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise).to(x_0.dtype), noise
+
+
+# -------------------------------------------------------------------------------------------------------- network ----
+
+
+class SinusoidalPositionEmbeddings(nn.Module):
+    """Timesteps (B,) to (B, dim): sines, then cosines, of wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017, 3.5)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, timesteps):
+        half = self.dim // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=timesteps.device))
+        angles = timesteps[:, None].float() * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+class Block(nn.Module):
+    """Two convolutions around which x passes unchanged; in between, the time scales and shifts every channel."""
+
+    def __init__(self, c_in, c_out, c_time):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(c_time, 2 * c_out)
+        self.norm2 = nn.GroupNorm(8, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # each block begins as the identity: deep networks then train from step one
+        nn.init.zeros_(self.conv2.bias)
+        self.match = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time):
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.match(x) + h
+
+
+class SimpleUnet(nn.Module):
+    """Predicts the noise in x_t. A contracting path halves the image and deepens its features at each of `channels`; a
+    bottleneck; an expanding path doubles it again, at each resolution handed the contracting path's features (skip
+    connections, Ronneberger et al. 2015) and, in every block, the time.
+
+    `image_size` (px, divisible by 2 ** (len(channels) - 1)) and `timesteps` are what it is trained for: sample() and
+    load_model() read them.
+    """
+
+    def __init__(self, channels=(32, 64, 128, 256), image_size=64, timesteps=1000):
+        super().__init__()
+        self.image_size, self.timesteps = image_size, timesteps
+        c_time = 4 * channels[0]
+        self.time = nn.Sequential(SinusoidalPositionEmbeddings(channels[0]), nn.Linear(channels[0], c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
+        self.first = nn.Conv2d(3, channels[0], 3, padding=1)
+        narrow, wide = channels[:-1], channels[1:]
+        self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(narrow, wide))
+        self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(2))
+        self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(narrow, wide))
+        self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))
+        nn.init.zeros_(self.last[-1].weight)
+
+    def forward(self, x, t):
+        """x (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S, S)."""
+        time, skips = self.time(t), []
+        x = self.first(x)
+        for level, block in enumerate(self.down):
+            x = block(x, time)
+            skips.append(x)
+            if level < len(self.shrink):
+                x = self.shrink[level](x)
+        for block in self.bottleneck:
+            x = block(x, time)
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](torch.cat((x, skips[level]), dim=1), time)
+            if level > 0:
+                x = F.interpolate(self.grow[level - 1](x), scale_factor=2)
+        return self.last(x)
+
+
+# ------------------------------------------------------------------------------------------------------- sampling ----
+
+SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, how many estimates of x_0 make a step
+    "ddpm": (1, 1),  # ancestral sampling, Ho et al. 2020, algorithm 2
+    "ddim": (0, 1),  # deterministic, Song et al. 2021 (arXiv:2010.02502)
+    "dpm++": (0, 2),  # DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095)
+    "sde-dpm++": (1, 2),  # its stochastic form
+}
+
+
+@torch.no_grad()
+def sample(model, count=64, steps=30, sampler="sde-dpm++", seed=0, first=0, precision="fp32", on_step=None):
+    """Draw `count` images, (count, 3, S, S) float32 in [-1, 1], from a SimpleUnet that has been trained.
+
+    Every sampler of SAMPLERS is the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod) for the
+    image's share, b = sqrt(1 - alphas_cumprod) for the noise's, and q = (b_s / a_s) / (b_t / a_t):
+
+        x_s = (b_s / b_t) q^eta x_t  +  a_s (1 - q^(1 + eta)) x_0  +  b_s sqrt(1 - q^(2 eta)) fresh noise
+
+    where x_0, what the network takes the clean image to be, is clipped to [-1, 1] and, for order 2, extrapolated from
+    this and the last estimate. eta = 1, order 1 over all timesteps is exactly Ho et al.'s ancestral sampling.
+
+    `steps` is the number of network evaluations, at timesteps that lie quadratically closer towards the end, where the
+    detail is decided (Song et al. 2021, appendix D.2). Image i of a `seed`, counted from `first`, is the same however many
+    are drawn with it. `on_step(step, x_0)`, if given, is called after each evaluation; what is true ends it.
+    """
+    device = next(model.parameters()).device
+    eta, order = SAMPLERS[sampler]
+    streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
+
+    def fresh_noise():
+        size = model.image_size
+        noise = torch.stack([torch.randn(3, size, size, generator=stream, device=device) for stream in streams])
+        return noise.contiguous(memory_format=torch.channels_last)
+
+    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(model.timesteps), 0)
+    if steps < model.timesteps:
+        visited = (torch.linspace(1, 0, steps).square() * (model.timesteps - 1)).round().long().unique().flip(0).tolist()
+    else:
+        visited = range(model.timesteps - 1, -1, -1)
+    a = [*alphas_cumprod[list(visited)].sqrt().tolist(), 1.0]  # the last step leads to the clean image
+    b = [*(1 - alphas_cumprod[list(visited)]).sqrt().tolist(), 0.0]
+    x, x_0_before, q_before = fresh_noise(), None, None
+    for step, t in enumerate(visited):
+        with autocast(device, precision):
+            noise = model(x, torch.full((count,), t, device=device)).float()
+        x_0 = ((x - b[step] * noise) / a[step]).clamp(-1, 1)
+        q = (b[step + 1] / a[step + 1]) / (b[step] / a[step])
+        estimate = x_0
+        if order == 2 and step and q > 0:
+            estimate = x_0 + (x_0 - x_0_before) * math.log(q) / math.log(q_before) / 2
+        x = (b[step + 1] / b[step]) * q**eta * x + a[step + 1] * (1 - q ** (1 + eta)) * estimate
+        if eta and q > 0:
+            x = x + b[step + 1] * math.sqrt(1 - q ** (2 * eta)) * fresh_noise()
+        x_0_before, q_before = x_0, q
+        if on_step and on_step(step, x_0):
+            break
+    return x.cpu()
+
+
+def autocast(device, precision):
+    """The context in which the network computes in `precision` ("fp32", "bf16" or "fp16") on `device`."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, types.get(precision), enabled=precision in types)
+
+
+# ------------------------------------------------------------------------------------------------------- pictures ----
+
+COLUMNS = ("epoch", "step", "images_seen", "train_loss", "heldout_loss", "lr", "images_per_second", "seconds")
+
+
+def to_image(x):
+    """A picture (3, H, W) in [-1, 1] as a Pillow image."""
+    return Image.fromarray(((x.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
+
+
+def write_metrics(rows, folder, mode):
+    """Begin (mode "w") or continue (mode "a") metrics.csv with these rows."""
+    with open(folder / "metrics.csv", mode, newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *rows] if mode == "w" else rows)
+
+
+def save_grid(images, path):
+    """Images (N, 3, S, S) in [-1, 1] as one PNG, 8 a row, padding 2."""
+    with replacing(path) as file:
+        to_image(make_grid(images, nrow=8, padding=2, pad_value=-1)).save(file, "PNG")
+
+
+def save_curve(history, path):
+    """The loss curve: one point an epoch, against images seen."""
+    from matplotlib.figure import Figure  # here, since it takes half a second to import
+
+    table = dict(zip(COLUMNS, zip(*history, strict=True), strict=True))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    style = {"marker": "."} if len(history) < 30 else {}
+    axes.plot(table["images_seen"], table["train_loss"], label="training images", color="tab:blue", **style)
+    axes.plot(table["images_seen"], table["heldout_loss"], label="held-out images (averaged weights)",
+              color="tab:orange", **style)
+    axes.set(xlabel="images seen", ylabel="L1 error of the predicted noise", xlim=(0, None))
+    lowest, median = min(table["train_loss"] + table["heldout_loss"]), sorted(table["train_loss"])[len(history) // 2]
+    axes.set_ylim(0.9 * lowest, max(1.3 * median, 1.05 * table["heldout_loss"][-1]))  # the first fall is off the top
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoint ----
+
+FRESH_RUN = {"epoch": 0, "step": 0, "images_seen": 0, "images_in_epoch": 0, "losses": [0.0, 0.0], "seconds": 0.0,
+             "history": [], "finished": False}  # epoch: whole ones; losses: sum and number in this epoch; history: rows
+
+
+def before(path):
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint whole or not at all, and keep the one before. Raises OSError or RuntimeError if it cannot be."""
+    with replacing(path) as file:
+        torch.save(state, file)
+        if broken := zipfile.ZipFile(file).testzip():
+            raise OSError(f"{broken} could not be read back")
+        if path.exists():
+            os.replace(path, before(path))
+
+
+def read_checkpoint(path):
+    """The dict at `path`, or the one before where that is missing or broken; None where there is none yet.
+
+    A broken one is set aside, never overwritten. Raises UserError where there are files, but none that can be used.
+    """
+    troubles = {}
+    for candidate in (path, before(path)):
+        if not candidate.exists():
+            continue
+        try:
+            if broken := zipfile.ZipFile(candidate).testzip():
+                raise ValueError(f"{broken} in it is damaged")
+            saved = torch.load(candidate, map_location="cpu", weights_only=True)
+            if lacking := {"model", "ema", "optimizer", "scaler", "config", *FRESH_RUN} - saved.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        except Exception as error:  # what is in a broken or foreign file can make the readers raise anything
+            troubles[candidate] = str(error).partition("\n")[0]
+            continue
+        for bad, trouble in troubles.items():
+            aside = bad.with_name(f"{bad.name}.broken-{time.time():.0f}")
+            os.replace(bad, aside)
+            say(f"{bad} cannot be read ({trouble}): it is set aside as {aside.name}, {candidate.name} is used")
+        return saved
+    for bad, trouble in troubles.items():
+        raise UserError(f"{bad} is not a checkpoint that this program can go on from ({trouble}): move it away to begin "
+                        "anew, or name another with --checkpoint")
+    return None
+
+
+def build_network(config, weights=None):
+    """A SimpleUnet of the settings `config`, with `weights` (a state dict) if given; UserError where they do not fit."""
+    model = SimpleUnet(**{name: config[name] for name in NETWORK})
+    try:
+        model.load_state_dict(weights or model.state_dict())
+    except RuntimeError:
+        raise UserError("the checkpoint's weights do not fit its own settings, so it comes from another version of this "
+                        "program: begin a new one with --checkpoint NEW.pth") from None
+    return model
+
+
+def load_model(path, device="cpu"):
+    """The averaged (EMA) SimpleUnet of the checkpoint at `path`, ready to evaluate; UserError where there is none."""
+    saved = read_checkpoint(pathlib.Path(path))
+    if not saved:
+        raise UserError(f"there is no checkpoint {path}: train first, or name another with --checkpoint")
+    model = build_network(saved["config"], saved["ema"])
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------- training ----
+
+WARM_UP = 0.03  # share of the run in which the learning rate rises, before it falls to zero along a cosine
+EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
+DRAWING_SHARE, SAVING_SHARE = 0.04, 0.01  # what grids and checkpoints along the way may take of the time
+HELD_OUT_MOST = 512
+BAD_STEPS = 20
+
+
+def choose_device(name):
+    """The torch.device for --device; UserError where PyTorch has none of that name."""
+    there = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                                      ("cpu", True)) if found]
+    if name and name not in there:
+        raise UserError(f"PyTorch finds no {name} device here: leave --device out to use {there[0]}")
+    return torch.device(name or there[0])
+
+
+def choose_precision(name, device):
+    """The number format for --precision: of those that train well, the one the device is fastest in."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if fast else "fp32"
+
+
+def learning_rate(highest, part):
+    """The learning rate when `part` (0 to 1) of the run is over."""
+    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 + math.cos(math.pi * min(part, 1))) / 2
+
+
+@torch.no_grad()
+def held_out_loss(model, faces, rows, alphas_cumprod, batch_size, precision):
+    """Mean L1 error on held-out images, with noise and (evenly spread) timesteps that are the same every time."""
+    rows = rows[:HELD_OUT_MOST]
+    stream = generator("held-out", device=faces.device)
+    timesteps = ((torch.arange(len(rows)) + 0.5) / len(rows) * len(alphas_cumprod)).long().to(faces.device)
+    total = 0.0
+    for part, t in zip(rows.split(batch_size), timesteps.split(batch_size), strict=True):
+        x_0 = faces.batch(part)
+        noise = torch.randn(x_0.shape, generator=stream, device=faces.device)
+        x_t, _ = forward_diffusion(x_0, t, alphas_cumprod, noise)
+        with autocast(faces.device, precision):
+            predicted = model(x_t, t)
+        total += F.l1_loss(predicted.float(), noise).item() * len(part)
+    return total / len(rows)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """A list that Ctrl-C and SIGTERM add to, so that the step at hand is finished; the second of them interrupts."""
+    requests = []
+
+    def on_signal(number, frame):
+        requests.append(number)
+        if len(requests) > 1:
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Clock:
+    """The time that a run has used in all its starts, and what the work beside training costs of it, in seconds."""
+
+    def __init__(self, seconds_before):
+        self.seconds_before, self.begun = seconds_before, time.time()
+        self.cost = {"held-out": 0.0, "grid": 0.0, "curve": 1.0, "checkpoint": 0.0}  # of the last time
+        self.spent = dict.fromkeys(self.cost, 0.0)
+
+    def elapsed(self):
+        return self.seconds_before + time.time() - START
+
+    def part_used(self, minutes):
+        """The share of a budget that is gone, when all that comes after the last step is to fit in it too."""
+        return self.elapsed() / max(60 * minutes - 1.2 * sum(self.cost.values()) - 1, 0.1)
+
+    @contextlib.contextmanager
+    def timed(self, what):
+        begun = time.time()
+        yield
+        self.cost[what] = time.time() - begun
+        self.spent[what] += self.cost[what]
+
+    def allows(self, what, share):
+        """Whether doing it now keeps it below `share` of the time since training began."""
+        return self.spent[what] + self.cost[what] <= share * (time.time() - self.begun)
+
+
+def train(args, saved, precision):
+    """Train from the start, or from the checkpoint `saved`, to the end. Returns the exit status: 0 done, 130 stopped."""
+    device = args.device
+    names, pixels, skipped, cache = load_images(args.dataroot, args.image_size, args.results)
+    train_rows, held_out_rows = split(names)
+    faces, count = Faces(pixels, device), len(train_rows)
+
+    torch.manual_seed(args.seed)
+    model = build_network(vars(args), saved and saved["model"])
+    ema = build_network(vars(args), saved["ema"]) if saved else copy.deepcopy(model)
+    model, ema = (net.to(device, memory_format=torch.channels_last) for net in (model, ema.requires_grad_(False)))
+    weights, averages = list(model.parameters()), list(ema.parameters())
+    network = torch.compile(model) if args.compile else model
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
+    # On CUDA the scaler also leaves out steps whose gradient is not finite, without a wait for the card.
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" or precision == "fp16",
+                                  init_scale=2.0**16 if precision == "fp16" else 1.0,
+                                  growth_interval=2000 if precision == "fp16" else 10**9)
+    run = {name: saved[name] for name in FRESH_RUN} if saved else FRESH_RUN | {"history": []}
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        if precision == "fp16" and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+    losses, bad_steps = torch.tensor(run["losses"], device=device), torch.zeros((), device=device)
+    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(args.timesteps), 0).float().to(device)
+
+    clock = Clock(run["seconds"])
+    batches_left = math.ceil(max(count - run["images_in_epoch"], 0) / args.batch_size)
+    epochs_left = (args.epochs or math.inf) - run["epoch"] - 1
+    last_step = min(run["step"] + batches_left + epochs_left * math.ceil(count / args.batch_size),
+                    args.max_steps or math.inf)
+
+    def progress():
+        part = run["step"] / last_step
+        return max(part, clock.part_used(args.minutes)) if args.minutes else part
+
+    def time_left():
+        return duration((time.time() - clock.begun) * (1 - progress()) / max(progress() - part_before, 1e-9))
+
+    def evaluate():
+        with clock.timed("held-out"):
+            return held_out_loss(ema, faces, held_out_rows, alphas_cumprod, args.batch_size, precision)
+
+    def draw(name, stop):
+        with clock.timed("grid"):
+            images = sample(ema, 64, args.sample_steps, seed=args.seed, precision=precision, on_step=lambda *_: stop)
+            if not stop:
+                save_grid(images, args.results / name)
+        with clock.timed("curve"):
+            save_curve(run["history"], args.results / "loss.png")
+
+    def save(finished=False):
+        run.update(seconds=clock.elapsed(), finished=finished, losses=losses.tolist())
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict() if precision == "fp16" else {}, "config": args.config, **run}
+        with clock.timed("checkpoint"):
+            save_checkpoint(args.checkpoint, state)
+
+    if saved and saved["finished"] and (
+            progress() >= 1 or all(vars(args)[name] == saved["config"][name] for name in LIMITS)):
+        say(f"This run is finished: {run['epoch']} epochs, {run['step']} steps, {duration(run['seconds'])}. A larger "
+            "--epochs, --minutes or --max-steps goes on with it, --sample 64 draws faces, --checkpoint NEW.pth begins anew.")
+        return 0
+    run["history"] = [row for row in run["history"] if row[0] <= run["epoch"]]  # an epoch cut short comes again, whole
+    write_metrics(run["history"], args.results, "w")
+    say_header(args, precision, model, names, skipped, len(held_out_rows), cache)
+    evaluate()
+    evaluate()  # the first one warms up; the second tells what a grid will cost
+    clock.cost["grid"] = clock.cost["held-out"] * 64 * args.sample_steps / min(len(held_out_rows), HELD_OUT_MOST)
+    part_before, looked_at, said_at, saved_at = progress(), 0.0, time.time(), time.time()
+
+    with stop_requests() as stop:
+        while True:
+            order = train_rows[torch.randperm(count, generator=generator("order", args.seed, run["epoch"]))]
+            rest = order[run["images_in_epoch"]:]
+            began, seen_before, lr = time.time(), run["images_seen"], 0.0
+            title = f"epoch {run['epoch'] + 1}" + (f" of {args.epochs}" if args.epochs else "")
+            bar = tqdm(total=count, initial=run["images_in_epoch"], unit="img", desc=title, disable=None, leave=False)
+            for rows in rest.tensor_split(math.ceil(len(rest) / args.batch_size)) if len(rest) else ():
+                if run["step"] >= last_step:
+                    break
+                lr = learning_rate(args.lr, progress())
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+                # All that is random in a step follows from seed and step alone: the same after a restart.
+                batch, size = len(rows), args.image_size
+                stream = generator("step", args.seed, run["step"], device=device)
+                flip = torch.rand(batch, generator=stream, device=device) < 0.5
+                strata = torch.arange(batch, device=device) + torch.rand(batch, generator=stream, device=device)
+                t = (strata / batch * args.timesteps).long().clamp(max=args.timesteps - 1)  # uniform, evenly spread
+                noise = torch.randn(batch, size, size, 3, generator=stream, device=device).permute(0, 3, 1, 2)
+
+                x_t, noise = forward_diffusion(faces.batch(rows, flip), t, alphas_cumprod, noise)
+                with autocast(device, precision):
+                    predicted = network(x_t, t)
+                loss = F.l1_loss(predicted.float(), noise)
+
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                finite = nn.utils.clip_grad_norm_(weights, 1.0).isfinite()
+                if scaler.is_enabled() or finite:
+                    scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                run["step"] += 1
+                torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / run["step"]) ** EMA_POWER)
+
+                run["images_seen"] += batch
+                run["images_in_epoch"] += batch
+                losses += torch.where(finite, torch.stack((loss.detach(), torch.ones_like(loss))), 0)
+                bad_steps = torch.where(finite, 0, bad_steps + 1)
+                bar.update(batch)
+                now = time.time()
+                if now - looked_at > 0.5:  # not at every step: to read from a card is to wait for it
+                    looked_at = now
+                    status = f"loss {losses[0] / losses[1]:.4f}, {time_left()} left in all"
+                    bar.set_postfix_str(status, refresh=False)
+                    if bar.disable and now - said_at > 30:
+                        said_at = now
+                        say(f"{title}: {run['images_in_epoch']:,} of {count:,} images, {status}")
+                    if bad_steps >= BAD_STEPS:
+                        break
+                if now - saved_at > 60 * args.save_minutes:
+                    save()
+                    saved_at = now
+                if stop or progress() >= 1:
+                    break
+            bar.close()
+            if bad_steps >= BAD_STEPS:
+                raise UserError(f"{BAD_STEPS} steps in a row gave no finite number and were left out: the checkpoint is "
+                                "sound, go on from it with a lower --lr or with --precision fp32")
+
+            at_end = progress() >= 1
+            if not stop and losses[1]:
+                speed, loss = (run["images_seen"] - seen_before) / (time.time() - began), (losses[0] / losses[1]).item()
+                row = [run["epoch"] + 1, run["step"], run["images_seen"], loss, evaluate(), group["lr"], speed, clock.elapsed()]
+                run["history"].append(row)
+                write_metrics([row], args.results, "a")
+                if run["images_in_epoch"] >= count:
+                    run.update(epoch=run["epoch"] + 1, images_in_epoch=0)
+                    losses.zero_()
+            if not stop and (at_end or clock.allows("grid", DRAWING_SHARE)):
+                draw(f"epoch_{run['history'][-1][0]}_step_{run['step']}.png", stop)
+            if stop or at_end or clock.allows("checkpoint", SAVING_SHARE):
+                save(finished=at_end and not stop)
+                saved_at = time.time()
+            if stop:
+                say(f"Stopped after {run['step']} steps, checkpoint saved: the same command goes on from here.")
+                return 130
+            if at_end or time.time() - said_at > 10:
+                said_at = time.time()
+                say(f"{title}: step {row[1]:,}, loss {row[3]:.4f}, held out {row[4]:.4f}, {row[6]:.0f} images/s, "
+                    f"{time_left()} left")
+            if at_end:
+                say(f"Done in {duration(clock.elapsed())}. Look into {args.results}; --sample 64 draws more.")
+                return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- main ----
+
+
+def say_header(args, precision, model, names, skipped, held_out, cache):
+    """What is about to happen, in a few lines; what was skipped goes into skipped_images.txt."""
+    say(f"images    {len(names):,} below {args.dataroot}, {held_out:,} of them held out")
+    say(f"cache     {cache}, {cache.stat().st_size / 1e6:,.1f} MB")
+    listing = args.results / "skipped_images.txt"
+    listing.unlink(missing_ok=True)
+    if skipped:
+        listing.write_text("".join(f"{name}: {reason}\n" for name, reason in sorted(skipped.items())), encoding="utf-8")
+        name, reason = min(skipped.items())
+        say(f"skipped   {len(skipped):,} files, such as {name} ({reason}): all are listed in {listing}"
+            + ("; that is more than half of them, see what is wrong with the folder" * (len(skipped) > len(names))))
+    if len(names) - held_out < args.batch_size:
+        say(f"few       fewer images than the {args.batch_size} of a batch: the network will recite them, get more")
+    flops = FlopCounterMode(display=False)
+    with flops, torch.device("meta"):
+        build_network(vars(args))(torch.empty(1, 3, args.image_size, args.image_size), torch.empty(1))
+    say(f"network   channels {shown(args.channels)}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M "
+        f"parameters, {flops.get_total_flops() / 1e9:.2f} GFLOPs an image")
+    say(f"device    {args.device}, {precision}")
+    limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
+    say(f"training  until {' or '.join(f'{limit:g} {what}' for what, limit in limits.items() if limit)}, {args.batch_size} "
+        f"images a step, checkpoint {args.checkpoint}")
+    say(f"pictures  in {args.results}: a grid after every epoch, or as often as a twentieth of the time allows")
+
+
+def draw_samples(args, precision):
+    """--sample: images from the checkpoint into results/samples, and the first 64 of them as a grid beside it."""
+    model, folder = load_model(args.checkpoint, args.device), args.results / "samples"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("sample_*.png"):
+        old.unlink()
+    with tqdm(total=args.sample, unit="img", desc="drawing", disable=None) as bar:
+        for first in range(0, args.sample, 64):
+            images = sample(model, min(64, args.sample - first), args.sample_steps, seed=args.seed, first=first,
+                            precision=precision)
+            for number, image in enumerate(images, first + 1):
+                to_image(image).save(folder / f"sample_{number:05d}.png")
+            if not first:
+                save_grid(images, args.results / "samples.png")
+            bar.update(len(images))
+    say(f"{args.sample} images in {folder}, the first {min(64, args.sample)} as a grid in {args.results / 'samples.png'}")
+    return 0
+
+
+def main(argv=None):
+    """Run the script on the command line `argv`; returns its exit status."""
+    sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args, saved = read_settings(argv)
+        precision = choose_precision(args.precision, args.device)
+        for folder in (args.results, args.checkpoint.parent):
+            check_writable(folder)
+        if args.sample:
+            return draw_samples(args, precision)
+        if args.demo:
+            from fake_face.draw_faces import fill_folder
+
+            fill_folder(args.dataroot, DEMO_IMAGES, args.image_size)
+        return train(args, saved, precision)
+    except UserError as error:
+        print(f"scriptc.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("scriptc.py: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""scriptc.py as a user runs it: every test is one promise about what its commands do."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scriptc
+from fake_face.draw_faces import draw_face, fill_folder
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = ["--image-size", "16", "--channels", "8", "16", "--batch-size", "16", "--sample-steps", "3", "--device", "cpu"]
+
+
+def command(folder, *flags):
+    """The command line of a small training in `folder`: its faces/, results/ and checkpoint.pth."""
+    places = {"--dataroot": folder / "faces", "--results": folder / "results", "--checkpoint": folder / "checkpoint.pth"}
+    flags = [str(flag) for flag in flags]
+    own = [text for flag, path in places.items() if flag not in flags for text in (flag, str(path))]
+    return [sys.executable, str(ROOT / "scriptc.py"), *own, *flags]
+
+
+def run(folder, *flags):
+    return subprocess.run(command(folder, *flags), capture_output=True, text=True, timeout=300)
+
+
+def refused(folder, *flags):
+    """The one sentence with which a command that cannot be carried out ends, and its exit status."""
+    done = run(folder, *flags)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == done.returncode, lines  # argparse says the usage first
+    return lines[-1].removeprefix("scriptc.py: ")
+
+
+def table(folder):
+    with open(folder / "results" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+def same(one, other):
+    """Whether two nested state dicts are equal to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.fixture
+def folder(tmp_path):
+    fill_folder(tmp_path / "faces" / "some" / "depth", 40, 32)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder after two epochs of training; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    fill_folder(folder / "faces", 40, 32)
+    done = run(folder, *SMALL, "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+# A first run
+
+
+def test_a_run_ends_with_a_grid_a_curve_a_table_and_a_checkpoint(trained):
+    rows = table(trained)
+    header = "epoch,step,images_seen,train_loss,heldout_loss,lr,images_per_second,seconds".split(",")
+    assert list(rows[0]) == header and [row["epoch"] for row in rows] == ["1", "2"]
+    assert int(rows[1]["images_seen"]) == 2 * int(rows[0]["images_seen"])
+    with Image.open(trained / "results" / f"epoch_2_step_{rows[1]['step']}.png") as grid:
+        assert grid.size == (8 * (16 + 2) + 2,) * 2
+    assert Image.open(trained / "results" / "loss.png").width > 400
+    saved = checkpoint(trained)
+    assert {"model", "ema", "optimizer", "epoch", "step", "config"} <= saved.keys()
+    assert (saved["epoch"], saved["step"]) == (2, int(rows[1]["step"])) and saved["config"]["image_size"] == 16
+    assert not list(trained.rglob("*.tmp"))
+
+
+def test_output_to_a_file_is_lines_without_control_characters(folder):
+    done = run(folder, *SMALL, "--max-steps", 2)
+    assert done.stdout.count("\n") > 5 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
+    assert done.stderr == ""
+
+
+def test_load_model_gives_the_averaged_network_that_was_saved(trained):
+    model = scriptc.load_model(trained / "checkpoint.pth")
+    assert same(dict(model.state_dict()), dict(checkpoint(trained)["ema"]))
+    assert model(torch.randn(2, 3, 16, 16), torch.tensor([3, 900])).shape == (2, 3, 16, 16) and not model.training
+
+
+def test_the_loss_falls_on_a_tiny_set(folder):
+    assert run(folder, *SMALL, "--epochs", 60, "--lr", 0.005, "--precision", "fp32").returncode == 0
+    rows = table(folder)
+    assert float(rows[-1]["train_loss"]) < 0.6 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["heldout_loss"]) < 0.6 * float(rows[0]["heldout_loss"])
+
+
+def test_every_image_is_seen_once_an_epoch_and_the_held_out_never(folder, monkeypatch):
+    seen = []
+    real_batch = scriptc.Faces.batch
+
+    def batch(self, rows, flip=None):
+        seen.extend(rows.tolist() if flip is not None else [])
+        return real_batch(self, rows, flip)
+
+    monkeypatch.setattr(scriptc.Faces, "batch", batch)
+    assert scriptc.main(command(folder, *SMALL, "--epochs", 2)[2:]) == 0
+    names, *_ = scriptc.load_images(folder / "faces", 16, folder)
+    train_rows, held_out = (rows.tolist() for rows in scriptc.split(names))
+    first, second = seen[: len(train_rows)], seen[len(train_rows):]
+    assert sorted(first) == sorted(second) == sorted(train_rows) and first != second
+    assert held_out and sorted(train_rows + held_out) == list(range(40))
+
+
+def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
+    done = run(folder, *SMALL, "--minutes", 0.25)
+    assert done.returncode == 0
+    last = table(folder)[-1]
+    assert float(last["lr"]) < 1e-4 and float(last["seconds"]) < 15
+    assert (folder / "results" / f"epoch_{last['epoch']}_step_{last['step']}.png").exists()
+    assert checkpoint(folder)["step"] == int(last["step"]) and (folder / "results" / "loss.png").exists()
+
+
+def test_the_demo_needs_no_images_and_keeps_everything_in_results_demo(tmp_path):
+    flags = ["--demo", "--image-size", "16", "--channels", "8", "--max-steps", "2", "--results", str(tmp_path)]
+    faces = set((ROOT / "fake_face").rglob("*"))
+    done = subprocess.run([sys.executable, str(ROOT / "scriptc.py"), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo" / "model_checkpoint.pth").exists() and list((tmp_path / "demo").glob("epoch_1_step_2.png"))
+    assert {path.name for path in tmp_path.iterdir()} == {"demo"}
+    assert {path for path in (ROOT / "fake_face").rglob("*") if "__pycache__" not in path.parts} <= faces
+
+
+# Going on
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained):
+    before = (trained / "checkpoint.pth").read_bytes(), (trained / "results" / "metrics.csv").read_bytes()
+    done = run(trained, "--device", "cpu")
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert before == ((trained / "checkpoint.pth").read_bytes(), (trained / "results" / "metrics.csv").read_bytes())
+
+
+def test_more_epochs_go_on_with_the_settings_of_the_checkpoint(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert run(tmp_path, "--epochs", 4, "--sample-steps", 3).returncode == 0
+    rows, saved = table(tmp_path), checkpoint(tmp_path)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert (saved["epoch"], saved["config"]["channels"], saved["config"]["batch_size"]) == (4, [8, 16], 16)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, precision, number):
+    flags = [*SMALL, "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
+    whole = folder / "undisturbed"
+    shutil.copytree(folder / "faces", whole / "faces")
+    assert run(whole, *flags).returncode == 0
+
+    stopped = subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.previous.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stopped.send_signal(number)
+    out, error = stopped.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert stopped.returncode == -signal.SIGKILL
+    else:
+        assert stopped.returncode == 130 and "checkpoint saved" in out and error == ""
+    steps = checkpoint(folder)["step"]
+    assert 0 < steps < checkpoint(whole)["step"]
+
+    assert run(folder, *flags).returncode == 0
+    one, other = checkpoint(folder), checkpoint(whole)
+    assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "epoch", "step", "images_seen"))
+    timeless = [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in table(folder)]
+    assert timeless == [{key: row[key] for key in timeless[0]} for row in table(whole)]
+    grid = f"results/epoch_40_step_{one['step']}.png"
+    assert (folder / grid).read_bytes() == (whole / grid).read_bytes()
+
+
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert run(tmp_path, "--epochs", 3, "--sample-steps", 3).returncode == 0
+    broken = (tmp_path / "checkpoint.pth").read_bytes()[:-5000]
+    (tmp_path / "checkpoint.pth").write_bytes(broken)
+    done = run(tmp_path, "--epochs", 4, "--sample-steps", 3)
+    assert done.returncode == 0 and "set aside" in done.stdout
+    assert [path.read_bytes() for path in tmp_path.glob("checkpoint.pth.broken-*")] == [broken]
+    assert checkpoint(tmp_path)["epoch"] == 4
+
+
+# Drawing
+
+
+def test_sample_draws_single_images_and_a_grid_that_repeat(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    samples = tmp_path / "results" / "samples"
+    pictures = []
+    for flags in ([5], [3], [3, "--seed", 1]):
+        assert run(tmp_path, "--sample-steps", 3, "--sample", *flags).returncode == 0
+        pictures.append([np.asarray(Image.open(path)) for path in sorted(samples.glob("*.png"))])
+        with Image.open(tmp_path / "results" / "samples.png") as grid:
+            assert grid.size == (flags[0] * 18 + 2, 20)
+    assert [len(drawn) for drawn in pictures] == [5, 3, 3] and pictures[0][0].shape == (16, 16, 3)
+    assert all(np.abs(one.astype(int) - other).max() <= 1 for one, other in zip(pictures[0], pictures[1]))
+    assert (pictures[1][0] != pictures[2][0]).any()
+
+
+# The folder of images
+
+
+def test_all_kinds_of_image_files_are_read_as_they_look(tmp_path):
+    face = draw_face(1, 64)
+    gray, small = face.convert("L"), np.asarray(face.resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    turned, exif = face.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise before it is shown
+    deep = Image.fromarray((np.asarray(gray).astype(np.uint16) << 8) + 128)
+    face.save(tmp_path / "plain.jpg", quality=95)
+    face.save(tmp_path / "progressive.jpeg", quality=95, progressive=True)
+    turned.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    face.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    gray.save(tmp_path / "gray.jpg", quality=95)
+    deep.save(tmp_path / "deep.png")
+    face.quantize(256).save(tmp_path / "palette.png")
+    for suffix in ("png", "webp", "bmp", "gif", "tiff", "PNG", "ppm"):
+        face.save(tmp_path / f"format.{suffix}")
+    face.save(tmp_path / "a_png_called.jpg", "PNG")
+    for path in tmp_path.iterdir():
+        pixels, reason = scriptc.decode(str(path), 16)
+        assert reason == "" and pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8, path.name
+        expected = small if path.stem not in ("gray", "deep") else np.asarray(gray.resize((16, 16)).convert("RGB"))
+        assert np.abs(pixels - expected).mean() < 6, path.name
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (scriptc.decode(str(tmp_path / "clear.png"), 16)[0] == 255).all()
+
+
+def test_the_middle_of_a_wide_image_is_kept(tmp_path):
+    picture = Image.new("RGB", (96, 32), "black")
+    picture.paste("white", (32, 0, 64, 32))
+    picture.save(tmp_path / "wide.png")
+    assert (scriptc.decode(str(tmp_path / "wide.png"), 16)[0] > 250).all()
+
+
+def test_what_is_no_image_is_skipped_counted_and_named(folder):
+    faces = folder / "faces"
+    (faces / "empty.jpg").touch()
+    (faces / "page.jpg").write_text("<html>busy</html>")
+    (faces / "cut.jpg").write_bytes(b"")
+    draw_face(0, 256).save(faces / "cut.jpg", quality=95)
+    os.truncate(faces / "cut.jpg", 3000)
+    (faces / "folder.png").mkdir()
+    (faces / "nowhere.png").symlink_to(faces / "gone.png")
+    (faces / "notes.txt").write_text("not meant as an image")
+    (faces / ".hidden.jpg").write_text("nor this")
+    done = run(folder, *SMALL, "--max-steps", 1)
+    assert done.returncode == 0 and "40 below" in done.stdout and "5 files" in done.stdout
+    listed = (folder / "results" / "skipped_images.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in listed] == ["cut.jpg", "empty.jpg", "folder.png", "nowhere.png", "page.jpg"]
+
+
+def test_the_cache_follows_the_folder(tmp_path, monkeypatch):
+    faces, decoded = tmp_path / "faces", []
+    real_decode = scriptc.decode
+    monkeypatch.setattr(scriptc, "decode", lambda path, size: decoded.append(path) or real_decode(path, size))
+
+    def names():
+        decoded.clear()
+        found, pixels, _, path = scriptc.load_images(faces, 16, tmp_path)
+        assert path.parent == faces and len(pixels) == len(found)
+        for name, image in zip(found, pixels):
+            assert (image == real_decode(str(faces / name), 16)[0]).all()
+        return found
+
+    fill_folder(faces, 6, 32)
+    first = names()
+    assert len(decoded) == 6 and names() == first and not decoded
+    (faces / first[0]).unlink()
+    draw_face(77, 32).save(faces / first[1])
+    draw_face(78, 32).save(faces / "a_new_one.png")
+    assert names() == ["a_new_one.png", *first[1:]] and len(decoded) == 2
+    assert scriptc.load_images(faces, 32, tmp_path)[1].shape == (6, 32, 32, 3)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
+def test_a_damaged_cache_is_rebuilt(tmp_path, damage):
+    fill_folder(tmp_path, 5, 32)
+    *_, path = scriptc.load_images(tmp_path, 16, tmp_path)
+    sound = path.read_bytes()
+    flipped = bytearray(sound)
+    flipped[1000] ^= 1
+    path.write_bytes({"cut": sound[:-400], "flipped": bytes(flipped), "foreign": b"PK" + bytes(5000), "empty": b""}[damage])
+    assert len(scriptc.load_images(tmp_path, 16, tmp_path)[0]) == 5
+    assert path.read_bytes() == sound
+
+
+def test_held_out_images_stay_held_out_as_the_folder_grows():
+    names = [f"{number:04d}.jpg" for number in range(1000)]
+    few, many = ({all_names[row] for row in scriptc.split(all_names)[1].tolist()} for all_names in (names[:400], names))
+    assert few == many & set(names[:400]) and 20 < len(many) < 90
+
+
+# Mistakes
+
+
+def test_a_missing_or_empty_dataroot_names_the_ways_to_get_images(tmp_path):
+    (tmp_path / "faces").mkdir()
+    for root in ("faces", "missing"):
+        sentence = refused(tmp_path, *SMALL, "--dataroot", tmp_path / root)
+        assert "download_images.py" in sentence and "--dataroot" in sentence and "--demo" in sentence
+
+
+@pytest.mark.parametrize("flags", [
+    ["--image-size", "50"], ["--image-size", "0"], ["--image-size", "512"], ["--epochs", "0"], ["--minutes", "-1"],
+    ["--timesteps", "5"], ["--channels", "12"], ["--lr", "nan"], ["--precision", "int8"],
+    ["--image-size", "16", "--channels", "8", "8", "8", "8", "8", "8"],
+])
+def test_settings_that_are_not_allowed_are_refused(folder, flags):
+    assert flags[0] in refused(folder, *flags)
+    assert not (folder / "checkpoint.pth").exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_difference_and_both_ways_out(trained):
+    sentence = refused(trained, "--image-size", 32, "--channels", 8, 16, "--epochs", 9)
+    assert "16 there, 32 here" in sentence and "--channels" not in sentence and "--checkpoint" in sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(folder):
+    assert "cuda" in refused(folder, "--device", "cuda")
+
+
+def test_folders_that_cannot_be_written_are_found_at_the_start(folder):
+    (folder / "file").touch()
+    assert "--results" in refused(folder, *SMALL, "--results", folder / "file")
+    assert "--checkpoint" in refused(folder, *SMALL, "--checkpoint", folder / "file" / "model.pth")
+
+
+def test_sampling_without_a_checkpoint_says_to_train_first(folder):
+    assert "train first" in refused(folder, "--sample", 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"random bytes", "foreign", "code"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(folder, content):
+    path = folder / "checkpoint.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({"foreign": {"weights": torch.zeros(3)}, "code": pathlib.PurePosixPath("/")}[content], path)
+    before = path.read_bytes()
+    assert "not a checkpoint" in refused(folder, *SMALL) and path.read_bytes() == before
+
+
+def test_importing_the_script_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {json.dumps(str(ROOT))}); import scriptc"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
