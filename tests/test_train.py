@@ -81,7 +81,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_ends_with_a_grid_a_curve_a_table_and_a_checkpoint(trained):
     rows = table(trained)
-    header = "epoch,step,images_seen,train_loss,heldout_loss,lr,images_per_second,seconds".split(",")
+    header = ["epoch", "step", "images_seen", "train_loss", "heldout_loss", "lr", "images_per_second", "seconds"]
     assert list(rows[0]) == header and [row["epoch"] for row in rows] == ["1", "2"]
     assert int(rows[1]["images_seen"]) == 2 * int(rows[0]["images_seen"])
     with Image.open(trained / "results" / f"epoch_2_step_{rows[1]['step']}.png") as grid:
