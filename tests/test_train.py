@@ -166,9 +166,9 @@ def test_more_epochs_go_on_with_the_settings_of_the_checkpoint(trained, tmp_path
     assert (saved["epoch"], saved["config"]["channels"], saved["config"]["batch_size"]) == (4, [8, 16], 16)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, precision, number):
+@pytest.mark.parametrize("number, precision", [
+    (signal.SIGINT, "fp32"), (signal.SIGTERM, "bf16"), (signal.SIGKILL, "fp32"), (signal.SIGKILL, "bf16")])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, precision):
     flags = [*SMALL, "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
     whole = folder / "undisturbed"
     shutil.copytree(folder / "faces", whole / "faces")
