@@ -188,6 +188,10 @@ def check_writable(folder):
 def replacing(path):
     """Yield a file to write; it appears under `path` whole and flushed to disk, or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left_over.stat().st_mtime > 3600:
+                left_over.unlink()
     try:
         with open(unfinished, "w+b") as file:
             yield file
@@ -592,7 +596,13 @@ def save_checkpoint(path, state):
         if broken := zipfile.ZipFile(file).testzip():
             raise OSError(f"{broken} could not be read back")
         if path.exists():
-            os.replace(path, before(path))
+            spare = path.with_name(f".{path.name}.previous.tmp")
+            spare.unlink(missing_ok=True)
+            try:
+                os.link(path, spare)  # a second name, so that there is a checkpoint at `path` at every moment
+            except OSError:  # a file system without links
+                os.replace(path, spare)
+            os.replace(spare, before(path))
 
 
 def read_checkpoint(path):
