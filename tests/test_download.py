@@ -237,7 +237,9 @@ def test_a_full_disk_ends_it_with_a_sentence_and_nothing_half_written(tmp_path, 
     def open_full(path, mode="r", *args):
         file = open(path, mode, *args)  # noqa: SIM115
         if mode == "xb":
-            os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, file.fileno())
+            os.close(full)  # a copy left open would keep the lock, and block another suite on this machine
         return file
 
     monkeypatch.setattr(download_images, "open", open_full, raising=False)
