@@ -577,7 +577,8 @@ def main(argv=None):
     args = parse_args(argv)
     go_on = "To go on: " + shlex.join([sys.executable, os.path.abspath(__file__), *argv])
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, interrupt)
+    for which in handlers:  # SIGINT too: a shell starts what it puts into the background with SIGINT ignored
+        signal.signal(which, interrupt)
     folder = display = None
     status, message = 0, ""
     try:

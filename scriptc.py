@@ -1000,7 +1000,8 @@ def draw_samples(args, precision):
 def main(argv=None):
     """Run the script on the command line `argv`; returns its exit status."""
     sys.stdout.reconfigure(line_buffering=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it puts into the background with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         args, saved = read_settings(argv)
         precision = choose_precision(args.precision, args.device)
