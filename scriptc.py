@@ -647,7 +647,11 @@ def build_network(config, weights=None):
 
 def load_model(path, device="cpu"):
     """The averaged (EMA) SimpleUnet of the checkpoint at `path`, ready to evaluate; UserError where there is none."""
-    saved = read_checkpoint(pathlib.Path(path))
+    return averaged_network(read_checkpoint(pathlib.Path(path)), path, device)
+
+
+def averaged_network(saved, path, device):
+    """load_model for a checkpoint that has been read from `path` already."""
     if not saved:
         raise UserError(f"there is no checkpoint {path}: train first, or name another with --checkpoint")
     model = build_network(saved["config"], saved["ema"])
@@ -978,9 +982,9 @@ def say_header(args, precision, model, names, skipped, held_out, cache):
     say(f"pictures  in {args.results}: a grid after every epoch, or as often as a twentieth of the time allows")
 
 
-def draw_samples(args, precision):
+def draw_samples(args, saved, precision):
     """--sample: images from the checkpoint into results/samples, and the first 64 of them as a grid beside it."""
-    model, folder = load_model(args.checkpoint, args.device), args.results / "samples"
+    model, folder = averaged_network(saved, args.checkpoint, args.device), args.results / "samples"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample_*.png"):
         old.unlink()
@@ -1008,7 +1012,7 @@ def main(argv=None):
         for folder in (args.results, args.checkpoint.parent):
             check_writable(folder)
         if args.sample:
-            return draw_samples(args, precision)
+            return draw_samples(args, saved, precision)
         if args.demo:
             from fake_face.draw_faces import fill_folder
 
