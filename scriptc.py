@@ -3,6 +3,7 @@
     python scriptc.py                  train on every image below fake_face/, or go on with the run begun there
     python scriptc.py --demo           the same within a few minutes, on faces that it draws itself
     python scriptc.py --sample 64      no training: draw 64 new faces with what the checkpoint has learnt
+    torchrun --nproc_per_node=2 scriptc.py      any of these on two cards, or two processes
 
 In reading order: settings, data, forward diffusion, network, sampling, pictures, checkpoint, training, main.
 
@@ -18,22 +19,27 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import hashlib
+import io
 import json
 import math
 import mmap
 import os
 import pathlib
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
@@ -41,7 +47,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 HERE = pathlib.Path(__file__).resolve().parent
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 class UserError(Exception):
@@ -69,12 +81,16 @@ def whole_number(least, most=10**9, multiple_of=1):
     return convert
 
 
-def positive_number(text):
-    """A type for argparse: a float above 0."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+def positive_number(most):
+    """A type for argparse: a float above 0, up to `most`."""
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) <= most:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, up to {most:g}")
+
+    return convert
 
 
 def build_parser():
@@ -92,10 +108,10 @@ def build_parser():
         help="width of the network at each resolution, first to last (by device)")
     add("--batch-size", metavar="N", type=whole_number(1), default=128, help="images per optimiser step (128)")
     add("--epochs", metavar="N", type=whole_number(1), help="passes over the images (100; else until --minutes...)")
-    add("--minutes", metavar="M", type=positive_number, help="wall-clock budget of the whole run, start-up included")
+    add("--minutes", metavar="M", type=positive_number(1e6), help="wall-clock budget of the whole run, start-up included")
     add("--max-steps", metavar="N", type=whole_number(1), help="stop after N optimiser steps in all")
-    add("--save-minutes", metavar="M", type=positive_number, default=10, help="longest time between checkpoints (10)")
-    add("--lr", metavar="X", type=positive_number, default=5e-3, help="highest learning rate (0.005)")
+    add("--save-minutes", metavar="M", type=positive_number(1e6), default=10, help="longest time between checkpoints (10)")
+    add("--lr", metavar="X", type=positive_number(1), default=5e-3, help="highest learning rate (0.005)")
     add("--timesteps", metavar="T", type=whole_number(10, 10_000), default=1000, help="of the diffusion (1000)")
     add("--seed", metavar="S", type=whole_number(0), default=0, help="fixes weights, order, noise and samples (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
@@ -118,7 +134,11 @@ def read_settings(argv):
 
     folder = pathlib.Path(args.results or HERE / "results", "demo") if args.demo else HERE
     args.checkpoint = pathlib.Path(args.checkpoint or folder / "model_checkpoint.pth")
-    saved = read_checkpoint(args.checkpoint)
+    with first_process_first():
+        if not args.sample:
+            check_writable(args.checkpoint.parent)
+            args.lock = lock(args.checkpoint)
+        saved = read_checkpoint(args.checkpoint)
     config = dict(saved["config"]) if saved else {}
     differ = [name for name in NETWORK if saved and given.get(name, config[name]) != config[name]]
     if differ:
@@ -158,8 +178,28 @@ def duration(seconds):
 
 
 def say(line):
-    """A line that stays, above the progress bar if there is one."""
-    tqdm.write(line)
+    """A line that stays, above the progress bar if there is one; of several processes the first one talks."""
+    if RANK == 0:
+        tqdm.write(line)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Of several processes, the first one runs the block alone, then all others do."""
+    if PROCESSES > 1 and RANK > 0:
+        dist.all_reduce(torch.zeros(1))
+    yield
+    if PROCESSES > 1 and RANK == 0:
+        dist.all_reduce(torch.zeros(1))
+
+
+def from_first_process(*numbers):
+    """These numbers as the first process has them, in every process: what depends on a clock or a signal is its to tell."""
+    if PROCESSES > 1:
+        told = torch.tensor(numbers, dtype=torch.float64)
+        dist.broadcast(told, 0)
+        numbers = told.tolist()
+    return numbers
 
 
 def track(items, total, what):
@@ -184,9 +224,30 @@ def check_writable(folder):
                         "name another with --results or --checkpoint") from None
 
 
+def lock(path):
+    """An open file whose lock holds the checkpoint at `path` for this run; UserError where another run has it.
+
+    The system lets go of the lock when the process ends, however it ends.
+    """
+    if RANK > 0:
+        return None
+    file = path.with_name(f".{path.name}.lock").open("a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is training {path} at this moment: let it finish or stop it, or begin another with "
+                        "--checkpoint NEW.pth") from None
+    except OSError:  # a network drive that knows no locks
+        return file
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
+        left_over.unlink()
+    return file
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a file to write; it appears under `path` whole and flushed to disk, or not at all."""
+    """Yield a file to write; it appears under `path` whole, or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
         with contextlib.suppress(OSError):
@@ -195,8 +256,6 @@ def replacing(path):
     try:
         with open(unfinished, "w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -493,7 +552,7 @@ def sample(model, count=64, steps=30, sampler="ddpm", seed=0, first=0, precision
 
     `steps` is the number of network evaluations, at timesteps that lie quadratically closer towards the end, where the
     detail is decided (Song et al. 2021, appendix D.2). Image i of a `seed`, counted from `first`, is the same however many
-    are drawn with it. `on_step(step, x_0)`, if given, is called after each evaluation; what is true ends it.
+    are drawn with it. `on_step(step, x)`, if given, is called with the images after each step; what is true ends it.
     """
     device = next(model.parameters()).device
     eta, order = SAMPLERS[sampler]
@@ -524,7 +583,7 @@ def sample(model, count=64, steps=30, sampler="ddpm", seed=0, first=0, precision
         if eta and q > 0:
             x = x + b[step + 1] * math.sqrt(1 - q ** (2 * eta)) * fresh_noise()
         x_0_before, q_before = x_0, q
-        if on_step and on_step(step, x_0):
+        if on_step and on_step(step, x):
             break
     return x.cpu()
 
@@ -545,16 +604,71 @@ def to_image(x):
     return Image.fromarray(((x.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
 
 
-def write_metrics(rows, folder, mode):
-    """Begin (mode "w") or continue (mode "a") metrics.csv with these rows."""
-    with open(folder / "metrics.csv", mode, newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows] if mode == "w" else rows)
-
-
-def save_grid(images, path):
-    """Images (N, 3, S, S) in [-1, 1] as one PNG, 8 a row, padding 2."""
+def save_grid(images, path, columns=8):
+    """Images (N, 3, S, S) in [-1, 1] as one PNG, `columns` a row, padding 2."""
     with replacing(path) as file:
-        to_image(make_grid(images, nrow=8, padding=2, pad_value=-1)).save(file, "PNG")
+        to_image(make_grid(images, nrow=columns, padding=2, pad_value=-1)).save(file, "PNG")
+
+
+def save_denoising(stages, path, columns=10):
+    """Some of the `stages` (each (N, 3, S, S), noisiest first) side by side, one row per sample."""
+    chosen = [stages[round(number * (len(stages) - 1) / (columns - 1))] for number in range(columns)]
+    save_grid(torch.stack(chosen, dim=1).flatten(0, 1), path, columns)
+
+
+def grids(folder, history):
+    """[epoch, step, file name] of every grid of this run that is in `folder`, oldest first."""
+    there = set(os.listdir(folder))
+    named = [[epoch, step, f"epoch_{epoch}_step_{step}.png"] for epoch, step, *_ in history]
+    return [grid for grid in named if grid[2] in there]
+
+
+def save_animation(grids_drawn, folder, frames=60, side=1100):
+    """progress.webp: at most so many of the grids, evenly chosen, each at most so many pixels wide."""
+    count = min(frames, len(grids_drawn))
+    pictures = []
+    for number in range(count):
+        with Image.open(folder / grids_drawn[number * (len(grids_drawn) - 1) // max(count - 1, 1)][2]) as picture:
+            whole = max(1, 500 // picture.width)  # small pictures are shown larger, in whole pixels
+            pictures.append(picture.convert("RGB").resize((whole * picture.width, whole * picture.height), 0))
+            pictures[-1].thumbnail((side, side))
+    with replacing(folder / "progress.webp") as file:
+        pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], loop=0, quality=75,
+                         duration=[150] * (count - 1) + [2500])
+
+
+def nearest(images, pixels):
+    """Each of `images` (N, 3, S, S) followed by the training image closest to it, as it is or mirrored: (2N, 3, S, S).
+
+    The distance is the mean squared difference of pixels; `pixels` is (M, S, S, 3) uint8.
+    """
+    flat = torch.cat((images, images.flip(3))).flatten(1)
+    least, closest = torch.full((len(flat),), math.inf), torch.zeros(len(flat), 3 * pixels.shape[1] ** 2)
+    for start in range(0, len(pixels), 1000):
+        some = torch.from_numpy(pixels[start:start + 1000]).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1
+        distance, which = torch.cdist(flat, some).min(dim=1)
+        nearer = distance < least
+        least[nearer], closest[nearer] = distance[nearer], some[which[nearer]]
+    count, closest = len(images), closest.view(-1, *images.shape[1:])
+    mirrored = (least[count:] < least[:count])[:, None, None, None]
+    return torch.stack((images, torch.where(mirrored, closest[count:].flip(3), closest[:count])), dim=1).flatten(0, 1)
+
+
+def write_metrics(history, folder):
+    """metrics.csv, whole, so that no row is ever cut or there twice."""
+    with replacing(folder / "metrics.csv") as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        csv.writer(text).writerows([COLUMNS, *history])
+
+
+def write_page(folder, state, about, history, image_size, **figures):
+    """run.js, what index.html shows: one call, since a page that is opened from disk can load a script, but no data."""
+    pictures = {name: f"{name}.png" if (folder / f"{name}.png").exists() else None
+                for name in ("denoising", "nearest", "samples")}
+    data = {"state": state, "updated": time.time(), **figures, "settings": about, "columns": COLUMNS,
+            "history": history[::-math.ceil(len(history) / 1000) or -1][::-1], "grids": grids(folder, history),
+            "grid": {"side": image_size, "padding": 2, "per_row": 8, "count": 64}, **pictures}
+    with replacing(folder / "run.js") as file:
+        file.write(f"show({json.dumps(data)});\n".encode())
 
 
 def save_curve(history, path):
@@ -589,12 +703,43 @@ def before(path):
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def checksum(state, crc=0):
+    """CRC-32 of a nested state with all its names, types and shapes: nothing in it can be bent or swapped unseen."""
+    if isinstance(state, dict):
+        for name, value in state.items():
+            crc = checksum(value, zlib.crc32(repr(name).encode(), crc))
+        return crc
+    if isinstance(state, torch.Tensor):
+        crc = zlib.crc32(f"{state.dtype} {tuple(state.shape)}".encode(), crc)
+        return zlib.crc32(state.contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return zlib.crc32(repr(state).encode(), crc)
+
+
+def snapshot(state):
+    """A copy of a nested state on the CPU, which training does not change any more."""
+    if isinstance(state, dict):
+        return {name: snapshot(value) for name, value in state.items()}
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else copy.deepcopy(state)
+
+
 def save_checkpoint(path, state):
-    """Write a checkpoint whole or not at all, and keep the one before; OSError or RuntimeError where that fails."""
+    """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before.
+
+    It is flushed to disk and read back before it takes the place of the old one. OSError or RuntimeError where that
+    fails, FloatingPointError where a weight is not finite: what stands at `path` then stays.
+    """
+    state = {name: value for name, value in state.items() if name != "checksum"}
+    for part in ("model", "ema"):
+        if not all(weight.isfinite().all() for weight in state[part].values()):
+            raise FloatingPointError(f"{part} holds numbers that are not finite")
     with replacing(path) as file:
-        torch.save(state, file)
-        if broken := zipfile.ZipFile(file).testzip():
-            raise OSError(f"{broken} could not be read back")
+        torch.save({**state, "checksum": checksum(state)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            read_whole(file.name)
+        except Exception as error:
+            raise OSError(f"it could not be read back: {error}") from None
         if path.exists():
             spare = path.with_name(f".{path.name}.previous.tmp")
             spare.unlink(missing_ok=True)
@@ -603,6 +748,19 @@ def save_checkpoint(path, state):
             except OSError:  # a file system without links
                 os.replace(path, spare)
             os.replace(spare, before(path))
+
+
+def read_whole(path):
+    """The checkpoint in the file `path`, which cannot run code; what is cut, bent, foreign or a bomb raises any Exception."""
+    with zipfile.ZipFile(path) as file:
+        if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+            raise ValueError("it claims to hold more than it has")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if lacking := {"model", "ema", "optimizer", "scaler", "config", "checksum", *FRESH_RUN} - saved.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    if saved.pop("checksum") != checksum(saved):
+        raise ValueError("it was damaged or altered: its checksum does not fit")
+    return saved
 
 
 def read_checkpoint(path):
@@ -615,17 +773,14 @@ def read_checkpoint(path):
         if not candidate.exists():
             continue
         try:
-            if broken := zipfile.ZipFile(candidate).testzip():
-                raise ValueError(f"{broken} in it is damaged")
-            saved = torch.load(candidate, map_location="cpu", weights_only=True)
-            if lacking := {"model", "ema", "optimizer", "scaler", "config", *FRESH_RUN} - saved.keys():
-                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            saved = read_whole(candidate)
         except Exception as error:  # what is in a broken or foreign file can make the readers raise anything
-            troubles[candidate] = str(error).partition("\n")[0]
+            troubles[candidate] = (str(error) or type(error).__name__).partition("\n")[0]
             continue
         for bad, trouble in troubles.items():
             aside = bad.with_name(f"{bad.name}.broken-{time.time():.0f}")
-            os.replace(bad, aside)
+            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays; --sample needs no more
+                os.replace(bad, aside)
             say(f"{bad} cannot be read ({trouble}): it is set aside as {aside.name}, {candidate.name} is used")
         return saved
     for bad, trouble in troubles.items():
@@ -662,7 +817,10 @@ def averaged_network(saved, path, device):
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises, before it falls to zero along a cosine
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
-DRAWING_SHARE, SAVING_SHARE = 0.04, 0.01  # what grids and checkpoints along the way may take of the time
+DRAWING_SHARE, ANIMATION_SHARE = 0.04, 0.003  # what pictures along the way may take of the time
+SAVING_SHARE = 0.05  # writing a checkpoint, beside training, may take this much of the time
+RETRY_SECONDS, PAGE_SECONDS = 30, 5
+CPU_PIXELS = 128 * 64**2  # in one piece through the network: two cores take some seconds for it
 HELD_OUT_MOST = 512
 BAD_STEPS = 20
 
@@ -673,7 +831,11 @@ def choose_device(name):
                                       ("cpu", True)) if found]
     if name and name not in there:
         raise UserError(f"PyTorch finds no {name} device here: leave --device out to use {there[0]}")
-    return torch.device(name or there[0])
+    device = torch.device(name or there[0])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its card
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_precision(name, device):
@@ -702,14 +864,21 @@ class Muon(torch.optim.Optimizer):
         others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
         super().__init__([{"params": matrices}, {"params": others, "steps": 0}], {"lr": lr})
         self.dtype = dtype
+        for weight in matrices:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+        for weight in others:
+            self.state[weight].update(mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, finite):
+        """One update; none where `finite`, a bool tensor on the device so that nothing waits for it, is False."""
         matrices, others = self.param_groups
+        keep = finite.float()
         for weight in matrices["params"]:
-            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            momentum.lerp_(weight.grad, 0.05)
-            x = weight.grad.lerp(momentum, 0.95).flatten(1).to(self.dtype)
+            gradient = torch.where(finite, weight.grad, 0)
+            momentum = self.state[weight]["momentum"]
+            momentum.mul_(1 - 0.05 * keep).add_(gradient, alpha=0.05)
+            x = gradient.lerp(momentum, 0.95).flatten(1).to(self.dtype)
             tall = x.shape[0] > x.shape[1]
             x = x.T if tall else x
             x = x / (x.norm() + 1e-7)
@@ -717,18 +886,20 @@ class Muon(torch.optim.Optimizer):
                 gram = x @ x.T
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
             x = (x.T if tall else x).float().view_as(weight)
-            weight.add_(x, alpha=-0.2 * math.sqrt(max(weight.shape[0], weight[0].numel())) * matrices["lr"])
+            weight.add_(x * keep, alpha=-0.2 * math.sqrt(max(weight.shape[0], weight[0].numel())) * matrices["lr"])
 
         others["steps"] += 1
         weights = others["params"]
-        gradients = [weight.grad for weight in weights]
-        mean, square = ([self.state[weight].setdefault(name, torch.zeros_like(weight)) for weight in weights]
-                        for name in ("mean", "square"))
-        torch._foreach_lerp_(mean, gradients, 0.1)
-        torch._foreach_lerp_(square, torch._foreach_mul(gradients, gradients), 0.01)
+        gradients = [torch.where(finite, weight.grad, 0) for weight in weights]
+        mean, square = ([self.state[weight][name] for weight in weights] for name in ("mean", "square"))
+        torch._foreach_mul_(mean, 1 - 0.1 * keep)
+        torch._foreach_add_(mean, gradients, alpha=0.1)
+        torch._foreach_mul_(square, 1 - 0.01 * keep)
+        torch._foreach_addcmul_(square, gradients, gradients, 0.01)
         size = torch._foreach_sqrt(torch._foreach_div(square, 1 - 0.99 ** others["steps"]))
         torch._foreach_add_(size, 1e-8)
-        torch._foreach_addcdiv_(weights, mean, size, -others["lr"] / (1 - 0.9 ** others["steps"]))
+        torch._foreach_addcdiv_(weights, torch._foreach_mul(mean, keep), size,
+                                -others["lr"] / (1 - 0.9 ** others["steps"]))
 
 
 def learning_rate(highest, part):
@@ -755,13 +926,13 @@ def held_out_loss(model, faces, rows, alphas_cumprod, batch_size, precision):
 
 @contextlib.contextmanager
 def stop_requests():
-    """A list that Ctrl-C and SIGTERM add to, so that the step at hand is finished; the second of them interrupts."""
+    """A list that Ctrl-C and SIGTERM add to, so that what is done is saved; the second of them ends the program at once."""
     requests = []
 
     def on_signal(number, frame):
         requests.append(number)
         if len(requests) > 1:
-            raise KeyboardInterrupt
+            os._exit(130)  # files only ever appear whole, so this harms none
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -771,25 +942,78 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+class Saver:
+    """Writes checkpoints in the background of training. One that fails is a warning, and soon tried again."""
+
+    def __init__(self, path, seconds):
+        self.path, self.seconds, self.thread, self.writing = path, seconds, ThreadPoolExecutor(1), None
+        self.cost, self.begun, self.due = 0.0, time.time(), time.time() + seconds
+
+    def write(self, state):
+        begun = time.time()
+        save_checkpoint(self.path, state)
+        self.cost = time.time() - begun
+
+    def epoch_over(self):
+        """A checkpoint is due, unless writing them would take more than a share of the time: then a little later."""
+        self.due = min(self.due, self.begun + self.cost / SAVING_SHARE)
+
+    def save_if_due(self, state):
+        """Begin to write what the function `state` returns, when it is time to."""
+        if self.writing and self.writing.done():
+            error, self.writing = self.writing.exception(), None
+            if isinstance(error, FloatingPointError):
+                raise UserError(f"the weights have grown beyond all numbers ({error}): the checkpoint is sound, go on from "
+                                "it with a lower --lr") from None
+            if error:
+                say(f"warning: {self.path} could not be saved ({error}). The one before stays; training goes on and tries "
+                    "again. Is the disk full or gone?")
+                self.due = time.time() + min(self.seconds, RETRY_SECONDS)
+        if not self.writing and time.time() >= self.due:
+            self.begun = time.time()
+            self.due = self.begun + self.seconds
+            self.writing = self.thread.submit(self.write, state())
+
+    def save_last(self, state, tries):
+        """Write `state` and wait for it; UserError where that fails `tries` times."""
+        self.thread.shutdown()
+        for tries_left in reversed(range(tries)):
+            try:
+                return self.write(state)
+            except (OSError, RuntimeError) as error:
+                say(f"warning: {self.path} could not be saved ({error})")
+                time.sleep(RETRY_SECONDS / 6 if tries_left else 0)
+            except FloatingPointError:
+                break
+        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: put right what is "
+                        "wrong, for instance make room on the disk, and the same command goes on from it")
+
+
 class Clock:
     """The time that a run has used in all its starts, and what the work beside training costs of it, in seconds."""
 
     def __init__(self, seconds_before):
-        self.seconds_before, self.begun = seconds_before, time.time()
-        self.cost = {"held-out": 0.0, "grid": 0.0, "curve": 1.0, "checkpoint": 0.0}  # of the last time
-        self.spent = dict.fromkeys(self.cost, 0.0)
+        self.seconds_before, self.begun, self.warned = seconds_before, time.time(), 0.0
+        self.cost = {"held-out": 0.0, "grid": 0.0, "curve": 1.0, "animation": 1.0, "metrics": 0.0, "page": 0.0}
+        self.spent = dict.fromkeys(self.cost, 0.0)  # cost: of the last time
 
     def elapsed(self):
         return self.seconds_before + time.time() - START
 
-    def part_used(self, minutes):
+    def part_used(self, minutes, saving):
         """The share of a budget that is gone, when all that comes after the last step is to fit in it too."""
-        return self.elapsed() / max(60 * minutes - 1.2 * sum(self.cost.values()) - 1, 0.1)
+        return self.elapsed() / max(60 * minutes - 1.2 * (sum(self.cost.values()) + saving) - 1, 0.1)
 
     @contextlib.contextmanager
     def timed(self, what):
+        """Work beside training: its time is taken, and a disk that is full or gone is no more than a warning."""
         begun = time.time()
-        yield
+        try:
+            yield
+        except OSError as error:
+            if begun - self.warned > RETRY_SECONDS:
+                say(f"warning: {what} could not be written ({error}); training goes on")
+                self.warned = begun
         self.cost[what] = time.time() - begun
         self.spent[what] += self.cost[what]
 
@@ -798,19 +1022,68 @@ class Clock:
         return self.spent[what] + self.cost[what] <= share * (time.time() - self.begun)
 
 
+def images_at_a_time(model, args, precision):
+    """How many images of a step go through the network at once: as many as there is memory for, found by trying.
+
+    A step adds up the gradients of as many such parts as it takes, so this changes nothing that is learnt. On the CPU it
+    follows from the image size, so that a run repeats to the bit and can be stopped between two parts.
+    """
+    size, part = args.image_size, math.ceil(args.batch_size / PROCESSES)
+    if args.device.type == "cpu":
+        return min(part, max(1, CPU_PIXELS // size**2))
+    spare = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]  # what a whole step needs beside
+    while True:
+        try:
+            x = torch.zeros(part, 3, size, size, device=args.device)
+            with autocast(args.device, precision):
+                predicted = model(x, torch.zeros(part, dtype=torch.long, device=args.device))
+            predicted.float().sum().backward()
+            break
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            if part == 1:
+                raise UserError(f"{args.device} has not enough memory for one image of {size} px: give a smaller --image-size "
+                                "or narrower --channels") from None
+        part = math.ceil(part / 2)
+        x = predicted = None
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+    del spare
+    model.zero_grad(set_to_none=True)
+    return part
+
+
+def compiled(model, args, precision):
+    """The network through torch.compile, or as it is, with a word why, where that does not work on this machine."""
+    try:
+        network = torch.compile(model)
+        with autocast(args.device, precision):
+            network(torch.zeros(2, 3, args.image_size, args.image_size, device=args.device),
+                    torch.zeros(2, dtype=torch.long, device=args.device)).sum().backward()
+        return network
+    except Exception as error:  # no compiler, or anything a compiler may stumble over
+        say(f"compile   does not work here ({str(error).strip().partition(chr(10))[0]}): going on without")
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
 def train(args, saved, precision):
     """Train from the start, or from the checkpoint `saved`, to the end; returns the exit status, 0 done, 130 stopped."""
-    device = args.device
-    names, pixels, skipped, cache = load_images(args.dataroot, args.image_size, args.results)
+    device, first_process = args.device, RANK == 0
+    with first_process_first():
+        names, pixels, skipped, cache = load_images(args.dataroot, args.image_size, args.results)
     train_rows, held_out_rows = split(names)
     faces, count = Faces(pixels, device), len(train_rows)
 
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 where a card has it
     model = build_network(vars(args), saved and saved["model"])
     ema = build_network(vars(args), saved["ema"]) if saved else copy.deepcopy(model)
     model, ema = (net.to(device, memory_format=torch.channels_last) for net in (model, ema.requires_grad_(False)))
     weights, averages = list(model.parameters()), list(ema.parameters())
-    network = torch.compile(model) if args.compile else model
     optimizer = Muon(model, args.lr, torch.bfloat16 if precision == "bf16" else torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     run = {name: saved[name] for name in FRESH_RUN} if saved else FRESH_RUN | {"history": []}
@@ -821,7 +1094,7 @@ def train(args, saved, precision):
     losses, bad_steps = torch.tensor(run["losses"], device=device), torch.zeros((), device=device)
     alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(args.timesteps), 0).float().to(device)
 
-    clock = Clock(run["seconds"])
+    clock, saver = Clock(run["seconds"]), Saver(args.checkpoint, 60 * args.save_minutes)
     batches_left = math.ceil(max(count - run["images_in_epoch"], 0) / args.batch_size)
     epochs_left = (args.epochs or math.inf) - run["epoch"] - 1
     last_step = min(run["step"] + batches_left + epochs_left * math.ceil(count / args.batch_size),
@@ -829,176 +1102,276 @@ def train(args, saved, precision):
 
     def progress():
         part = run["step"] / last_step
-        return max(part, clock.part_used(args.minutes)) if args.minutes else part
+        return max(part, clock.part_used(args.minutes, saver.cost)) if args.minutes else part
 
-    def time_left():
-        return duration((time.time() - clock.begun) * max(1 - progress(), 0) / max(progress() - part_before, 1e-9))
+    def seconds_left():
+        return (time.time() - clock.begun) * max(1 - progress(), 0) / max(progress() - part_before, 1e-9)
 
     def evaluate():
         with clock.timed("held-out"):
             return held_out_loss(ema, faces, held_out_rows, alphas_cumprod, args.batch_size, precision)
 
-    def draw(name, stop):
+    def draw(stop):
+        stages = []
+
+        def on_step(step, x):
+            stages.append(x[:8].cpu())
+            return stop
+
+        epoch, step = run["history"][-1][:2]
         with clock.timed("grid"):
-            images = sample(ema, 64, args.sample_steps, seed=args.seed, precision=precision, on_step=lambda *_: stop)
+            images = sample(ema, 64, args.sample_steps, seed=args.seed, precision=precision, on_step=on_step)
             if not stop:
-                save_grid(images, args.results / name)
+                save_grid(images, args.results / f"epoch_{epoch}_step_{step}.png")
+                save_denoising(stages, args.results / "denoising.png")
         with clock.timed("curve"):
             save_curve(run["history"], args.results / "loss.png")
 
-    def save(finished=False):
-        run.update(seconds=clock.elapsed(), finished=finished, losses=losses.tolist())
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "config": args.config, **run}
-        with clock.timed("checkpoint"):
-            save_checkpoint(args.checkpoint, state)
+    def animate():
+        with clock.timed("animation"):
+            save_animation(grids(args.results, run["history"]), args.results)
+
+    def state():
+        run.update(seconds=clock.elapsed(), losses=losses.tolist())
+        return snapshot({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                         "scaler": scaler.state_dict(), "config": args.config, **run})
+
+    def show(status="training"):
+        with clock.timed("page"):
+            write_page(args.results, status, about, run["history"], args.image_size, progress=min(progress(), 1),
+                       seconds=clock.elapsed(), seconds_left=seconds_left(), images_per_second=speed())
+
+    def speed():
+        return (run["images_seen"] - seen_before) / (time.time() - clock.begun)
+
+    def gradients(rows, stop):
+        """Gradients of one step into weights.grad; the mean L1 error of its images, or None when told to stop in between."""
+        # All that is random follows from seed and step alone: the same after a restart, and for any number of processes.
+        batch, size = len(rows), args.image_size
+        stream = generator("step", args.seed, run["step"], device=device)
+        flip = torch.rand(batch, generator=stream, device=device) < 0.5
+        strata = torch.arange(batch, device=device) + torch.rand(batch, generator=stream, device=device)
+        t = (strata / batch * args.timesteps).long().clamp(max=args.timesteps - 1)  # uniform, evenly spread
+        noise = torch.randn(batch, size, size, 3, generator=stream, device=device).permute(0, 3, 1, 2)
+
+        begin, end = batch * RANK // PROCESSES, batch * (RANK + 1) // PROCESSES
+        parts = [slice(at, min(at + at_a_time, end)) for at in range(begin, end, at_a_time)] or [slice(0, 0)]
+        error = torch.zeros((), device=device)
+        for part in parts:
+            if stop and PROCESSES == 1:
+                return None
+            x_t, target = forward_diffusion(faces.batch(rows[part], flip[part]), t[part], alphas_cumprod, noise[part])
+            with network.no_sync() if PROCESSES > 1 and part != parts[-1] else contextlib.nullcontext():
+                with autocast(device, precision):
+                    predicted = network(x_t, t[part])
+                loss = (predicted.float() - target).abs().sum() / noise.numel()
+                scaler.scale(loss * PROCESSES).backward()  # processes' gradients are averaged, their errors add up
+            error += loss.detach()
+        if PROCESSES > 1:
+            dist.all_reduce(error)
+        return error
 
     if saved and saved["finished"] and (
             progress() >= 1 or all(vars(args)[name] == saved["config"][name] for name in LIMITS)):
         say(f"This run is finished: {run['epoch']} epochs, {run['step']} steps, {duration(run['seconds'])}. A larger --epochs, "
             "--minutes or --max-steps goes on with it, --sample 64 draws faces, --checkpoint NEW.pth begins anew.")
         return 0
+    run["finished"] = False
+    at_a_time = images_at_a_time(model, args, precision)
+    network = compiled(model, args, precision) if args.compile else model
+    if PROCESSES > 1:
+        network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     run["history"] = [row for row in run["history"] if row[0] <= run["epoch"]]  # an epoch cut short comes again, whole
-    write_metrics(run["history"], args.results, "w")
-    say_header(args, precision, model, names, skipped, len(held_out_rows), cache)
-    evaluate()
-    evaluate()  # the first one warms up; the second tells what a grid will cost
-    clock.cost["grid"] = clock.cost["held-out"] * 64 * args.sample_steps / min(len(held_out_rows), HELD_OUT_MOST)
-    part_before, looked_at, said_at, saved_at = progress(), 0.0, time.time(), time.time()
+    about = describe(args, precision, model, len(names), skipped, len(held_out_rows), cache, at_a_time)
+    if first_process:
+        for label, text in about:
+            say(f"{label:10}{text}")
+        write_metrics(run["history"], args.results)
+        with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
+            shutil.copy(HERE / "results" / "index.html", args.results)
+        evaluate()
+        evaluate()  # the first one warms up; the second tells what a grid will cost
+        clock.cost["grid"] = clock.cost["held-out"] * 64 * args.sample_steps / min(len(held_out_rows), HELD_OUT_MOST)
+    clock.begun, seen_before, part_before = time.time(), run["images_seen"], progress()
+    looked_at = shown_at = said_at = clock.begun
+    foretold = bad = False
 
     with stop_requests() as stop:
         while True:
             order = train_rows[torch.randperm(count, generator=generator("order", args.seed, run["epoch"]))]
             rest = order[run["images_in_epoch"]:]
-            began, seen_before = time.time(), run["images_seen"]
+            began, seen_at_beginning = time.time(), run["images_seen"]
             title = f"epoch {run['epoch'] + 1}" + (f" of {args.epochs}" if args.epochs else "")
-            bar = tqdm(total=count, initial=run["images_in_epoch"], unit="img", desc=title, disable=None, leave=False)
+            bar = tqdm(total=count, initial=run["images_in_epoch"], unit="img", desc=title, leave=False,
+                       disable=None if first_process else True)
             for rows in rest.tensor_split(math.ceil(len(rest) / args.batch_size)) if len(rest) else ():
-                if run["step"] >= last_step:
+                part, ending = from_first_process(progress(), bool(stop) or bad)
+                if ending or part >= 1 and run["step"]:
                     break
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(args.lr, progress())
+                    group["lr"] = learning_rate(args.lr, part)
 
-                # All that is random in a step follows from seed and step alone: the same after a restart.
-                batch, size = len(rows), args.image_size
-                stream = generator("step", args.seed, run["step"], device=device)
-                flip = torch.rand(batch, generator=stream, device=device) < 0.5
-                strata = torch.arange(batch, device=device) + torch.rand(batch, generator=stream, device=device)
-                t = (strata / batch * args.timesteps).long().clamp(max=args.timesteps - 1)  # uniform, evenly spread
-                noise = torch.randn(batch, size, size, 3, generator=stream, device=device).permute(0, 3, 1, 2)
-
-                x_t, noise = forward_diffusion(faces.batch(rows, flip), t, alphas_cumprod, noise)
-                with autocast(device, precision):
-                    predicted = network(x_t, t)
-                loss = F.l1_loss(predicted.float(), noise)
-
-                scaler.scale(loss).backward()
+                loss = gradients(rows, stop)
+                if loss is None:
+                    optimizer.zero_grad(set_to_none=True)
+                    break
                 scaler.unscale_(optimizer)
-                finite = nn.utils.clip_grad_norm_(weights, 1.0).isfinite()
-                if finite or scaler.is_enabled():  # a scaler looks for itself
-                    scaler.step(optimizer)
+                finite = nn.utils.clip_grad_norm_(weights, 1.0).isfinite() & loss.isfinite()
+                optimizer.step(finite)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 run["step"] += 1
                 torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / run["step"]) ** EMA_POWER)
 
-                run["images_seen"] += batch
-                run["images_in_epoch"] += batch
-                losses += torch.where(finite, torch.stack((loss.detach(), torch.ones_like(loss))), 0)
+                run["images_seen"] += len(rows)
+                run["images_in_epoch"] += len(rows)
+                losses += torch.where(finite, torch.stack((loss, torch.ones_like(loss))), 0)
                 bad_steps = torch.where(finite, 0, bad_steps + 1)
-                bar.update(batch)
+                bar.update(len(rows))
+                if not first_process:
+                    continue
+                saver.save_if_due(state)
                 now = time.time()
                 if now - looked_at > 0.5:  # not at every step: to read from a card is to wait for it
-                    looked_at = now
-                    status = f"loss {losses[0] / losses[1]:.4f}, {time_left()} left in all"
+                    looked_at, bad = now, bool(bad_steps >= BAD_STEPS)
+                    status = f"loss {losses[0] / losses[1]:.4f}, {duration(seconds_left())} left in all"
                     bar.set_postfix_str(status, refresh=False)
                     if bar.disable and now - said_at > 30:
                         said_at = now
                         say(f"{title}: {run['images_in_epoch']:,} of {count:,} images, {status}")
-                    if bad_steps >= BAD_STEPS:
-                        break
-                if now - saved_at > 60 * args.save_minutes:
-                    save()
-                    saved_at = now
-                if stop or progress() >= 1:
-                    break
+                    if now - shown_at > PAGE_SECONDS:
+                        shown_at = now
+                        show()
+                    if not foretold and now - clock.begun > 15:
+                        foretold = True
+                        foretell(args, speed(), seconds_left())
             bar.close()
-            if bad_steps >= BAD_STEPS:
+            at_end, stopped, bad = from_first_process(progress() >= 1, bool(stop), bad)
+            if bad:
                 raise UserError(f"{BAD_STEPS} steps in a row gave no finite number and were left out: the checkpoint "
                                 "is sound, go on from it with a lower --lr or with --precision fp32")
 
-            at_end = progress() >= 1
-            if not stop and losses[1]:
-                speed = (run["images_seen"] - seen_before) / (time.time() - began)
+            if first_process and not stopped and run["images_in_epoch"]:
                 row = [run["epoch"] + 1, run["step"], run["images_seen"], (losses[0] / losses[1]).item(), evaluate(),
-                       optimizer.param_groups[0]["lr"], speed, clock.elapsed()]
+                       optimizer.param_groups[0]["lr"], (run["images_seen"] - seen_at_beginning) / (time.time() - began),
+                       clock.elapsed()]
                 run["history"].append(row)
-                write_metrics([row], args.results, "a")
-                if run["images_in_epoch"] >= count:
-                    run.update(epoch=run["epoch"] + 1, images_in_epoch=0)
-                    losses.zero_()
-            if not stop and (at_end or clock.allows("grid", DRAWING_SHARE)):
-                draw(f"epoch_{run['history'][-1][0]}_step_{run['step']}.png", stop)
-            if stop or at_end or clock.allows("checkpoint", SAVING_SHARE):
-                save(finished=at_end and not stop)
-                saved_at = time.time()
-            if stop:
+                with clock.timed("metrics"):
+                    write_metrics(run["history"], args.results)
+                if at_end or time.time() - said_at > 10:
+                    said_at = time.time()
+                    say(f"{title}: step {row[1]:,}, loss {row[3]:.4f}, held out {row[4]:.4f}, {row[6]:.0f} images/s, "
+                        f"{duration(seconds_left())} left")
+                if begins_to_recite(run["history"]):
+                    say("overfit   the held-out error rises while the training error falls: the network begins to recite its "
+                        "images. More images help, or ending here: the pictures of the epochs before are in the results")
+            if not stopped and run["images_in_epoch"] >= count:
+                run.update(epoch=run["epoch"] + 1, images_in_epoch=0)
+                losses.zero_()
+                saver.epoch_over()
+            if first_process and not stopped and (at_end or clock.allows("grid", DRAWING_SHARE)):
+                draw(stop)
+            if first_process and not (at_end or stopped):
+                show()
+                saver.save_if_due(state)
+                if clock.allows("animation", ANIMATION_SHARE):
+                    animate()
+            if first_process and (at_end or stopped):
+                run["finished"] = bool(at_end and not stopped)
+                saver.save_last(state(), tries=1 if stopped else 3)
+                show("finished" if run["finished"] else "stopped")
+            if stopped:
                 say(f"Stopped after {run['step']} steps, checkpoint saved: the same command goes on from here.")
                 return 130
-            if at_end or time.time() - said_at > 10:
-                said_at = time.time()
-                say(f"{title}: step {row[1]:,}, loss {row[3]:.4f}, held out {row[4]:.4f}, {row[6]:.0f} images/s, "
-                    f"{time_left()} left")
             if at_end:
-                say(f"Done in {duration(clock.elapsed())}. Look into {args.results}; --sample 64 draws more.")
+                if first_process:
+                    animate()
+                say(f"Done in {duration(clock.elapsed())}. Look into {args.results}, index.html shows it all; --sample 64 "
+                    "draws more.")
                 return 0
 
 
 # ----------------------------------------------------------------------------------------------------------- main ----
 
 
-def say_header(args, precision, model, names, skipped, held_out, cache):
-    """What is about to happen, in a few lines; what was skipped goes into skipped_images.txt."""
-    say(f"images    {len(names):,} below {args.dataroot}, {held_out:,} of them held out")
-    say(f"cache     {cache}, {cache.stat().st_size / 1e6:,.1f} MB")
+def describe(args, precision, model, count, skipped, held_out, cache, at_a_time):
+    """What is about to happen, as (label, text) pairs; what was skipped goes into skipped_images.txt."""
+    about = [("images", f"{count:,} below {args.dataroot}, {held_out:,} of them held out"),
+             ("cache", f"{cache}, {cache.stat().st_size / 1e6:,.1f} MB")]
     listing = args.results / "skipped_images.txt"
-    listing.unlink(missing_ok=True)
+    if RANK == 0:
+        listing.unlink(missing_ok=True)
     if skipped:
-        listing.write_text("".join(f"{name}: {reason}\n" for name, reason in sorted(skipped.items())), encoding="utf-8")
+        if RANK == 0:
+            listing.write_text("".join(f"{name}: {reason}\n" for name, reason in sorted(skipped.items())), encoding="utf-8")
         name, reason = min(skipped.items())
-        say(f"skipped   {len(skipped):,} files, such as {name} ({reason}): all are listed in {listing}"
-            + ("; that is more than half of them, see what is wrong with the folder" * (len(skipped) > len(names))))
-    if len(names) - held_out < args.batch_size:
-        say(f"few       fewer images than the {args.batch_size} of a batch: the network will recite them, get more")
+        about += [("skipped", f"{len(skipped):,} files, such as {name} ({reason}): all are listed in {listing}"
+                   + "; that is more than half of them, see what is wrong with the folder" * (len(skipped) > count))]
+    if count - held_out < args.batch_size:
+        about += [("few", f"fewer images than the {args.batch_size} of a batch: the network will recite them, get more")]
     flops = FlopCounterMode(display=False)
     with flops, torch.device("meta"):
         build_network(vars(args))(torch.empty(1, 3, args.image_size, args.image_size), torch.empty(1))
-    say(f"network   channels {shown(args.channels)}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} "
-        f"M parameters, {flops.get_total_flops() / 1e9:.2f} GFLOPs an image")
-    say(f"device    {args.device}, {precision}")
     limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
-    say(f"training  until {' or '.join(f'{limit:g} {what}' for what, limit in limits.items() if limit)}, "
-        f"{args.batch_size} images a step, checkpoint {args.checkpoint}")
-    say(f"pictures  in {args.results}: a grid after every epoch, or as often as a twentieth of the time allows")
+    parts = f", {at_a_time} at a time" if at_a_time * PROCESSES < args.batch_size else ""
+    return about + [
+        ("network", f"channels {shown(args.channels)}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} "
+                    f"M parameters, {flops.get_total_flops() / 1e9:.2f} GFLOPs an image"),
+        ("device", f"{args.device.type}, {precision}" + (f", {PROCESSES} processes" if PROCESSES > 1 else "")),
+        ("training", f"until {' or '.join(f'{limit:g} {what}' for what, limit in limits.items() if limit)}, "
+                     f"{args.batch_size} images a step{parts}, learning rate {args.lr:g}, {args.timesteps} timesteps"),
+        ("keeps", f"checkpoint {args.checkpoint}, saved every {args.save_minutes:g} minutes and every epoch"),
+        ("pictures", f"in {args.results}: open index.html there; a grid after every epoch, if drawing takes but little time")]
+
+
+def foretell(args, images_per_second, seconds_left):
+    """Say how long it will take, from what was measured, and on a CPU how to make it short."""
+    advice = ""
+    if args.device.type == "cpu" and seconds_left > 1200:
+        advice = "; --minutes 30 makes the best of half an hour" + (
+            ", --image-size 32 is about four times as fast" if args.image_size > 32 else "")
+    say(f"time      about {duration(seconds_left)} more, at {images_per_second:.0f} images/s{advice}")
+
+
+def begins_to_recite(history):
+    """Whether the last three epochs all have a held-out error of 3% above the lowest, and those before had not."""
+    errors = [row[4] for row in history]
+    return [min(errors[end - 3:end]) > 1.03 * min(errors[:end]) for end in (len(errors) - 1, len(errors))] == [
+        False, True] if len(errors) > 4 else False
 
 
 def draw_samples(args, saved, precision):
-    """--sample: images from the checkpoint into results/samples, and the first 64 of them as a grid beside it."""
+    """--sample: images from the checkpoint into results/samples, the first 64 as a grid, the first 16 with their nearest.
+
+    Several processes share the images between them.
+    """
     model, folder = averaged_network(saved, args.checkpoint, args.device), args.results / "samples"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("sample_*.png"):
-        old.unlink()
-    with tqdm(total=args.sample, unit="img", desc="drawing", disable=None) as bar:
-        for first in range(0, args.sample, 64):
+    with first_process_first():
+        if RANK == 0:
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("sample_*.png"):
+                old.unlink()
+    with tqdm(total=args.sample, unit="img", desc="drawing", disable=None if RANK == 0 else True) as bar:
+        for first in range(64 * RANK, args.sample, 64 * PROCESSES):
             images = sample(model, min(64, args.sample - first), args.sample_steps, seed=args.seed, first=first,
                             precision=precision)
             for number, image in enumerate(images, first + 1):
                 to_image(image).save(folder / f"sample_{number:05d}.png")
             if not first:
                 save_grid(images, args.results / "samples.png")
-            bar.update(len(images))
-    say(f"{args.sample} images in {folder}, the first {min(64, args.sample)} in the grid {args.results / 'samples.png'}")
-    return 0
+                best = images[:16]
+            bar.update(min(len(images) * PROCESSES, args.sample - bar.n))
+    if RANK == 0:
+        try:
+            pixels = load_images(args.dataroot, args.image_size, args.results)[1]
+            save_grid(nearest(best, pixels), args.results / "nearest.png")
+            beside = "; nearest.png has the first of them, each beside the training image that is closest to it"
+        except UserError:
+            beside = f"; no nearest.png, since {args.dataroot} has no training images to compare with"
+        say(f"{args.sample} images in {folder}, the first {min(64, args.sample)} in the grid {args.results / 'samples.png'}"
+            f"{beside}")
+    with first_process_first():  # none ends before all have drawn
+        return 0
 
 
 def main(argv=None):
@@ -1007,19 +1380,23 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it puts into the background with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
+        if PROCESSES > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                    timeout=datetime.timedelta(days=1))  # decoding and drawing are waited for
         args, saved = read_settings(argv)
         precision = choose_precision(args.precision, args.device)
-        for folder in (args.results, args.checkpoint.parent):
-            check_writable(folder)
+        check_writable(args.results)
         if args.sample:
             return draw_samples(args, saved, precision)
         if args.demo:
             from fake_face.draw_faces import fill_folder
 
-            fill_folder(args.dataroot, DEMO["images"], args.image_size)
+            with first_process_first():
+                fill_folder(args.dataroot, DEMO["images"], args.image_size)
         return train(args, saved, precision)
     except UserError as error:
-        print(f"scriptc.py: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"scriptc.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("scriptc.py: stopped", file=sys.stderr)
