@@ -1401,6 +1401,15 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("scriptc.py: stopped", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if PROCESSES == 1:
+            raise
+        print(f"scriptc.py: process {RANK} cannot go on, most likely since another one ended ({error}): the checkpoint is "
+              "sound, the same command goes on from it, by itself with torchrun --max-restarts=3", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
