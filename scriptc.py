@@ -660,15 +660,18 @@ def write_metrics(history, folder):
         csv.writer(text).writerows([COLUMNS, *history])
 
 
-def write_page(folder, state, about, history, image_size, **figures):
-    """run.js, what index.html shows: one call, since a page that is opened from disk can load a script, but no data."""
+def write_page(folder, **news):
+    """run.js, what index.html shows: one call, since a page that is opened from disk can load a script, but no data.
+
+    What `news` does not name stays as it was in the file.
+    """
+    data = {}
+    with contextlib.suppress(OSError, ValueError):
+        data = json.loads((folder / "run.js").read_text().removeprefix("show(").removesuffix(");\n"))
     pictures = {name: f"{name}.png" if (folder / f"{name}.png").exists() else None
                 for name in ("denoising", "nearest", "samples")}
-    data = {"state": state, "updated": time.time(), **figures, "settings": about, "columns": COLUMNS,
-            "history": history[::-math.ceil(len(history) / 1000) or -1][::-1], "grids": grids(folder, history),
-            "grid": {"side": image_size, "padding": 2, "per_row": 8, "count": 64}, **pictures}
     with replacing(folder / "run.js") as file:
-        file.write(f"show({json.dumps(data)});\n".encode())
+        file.write(f"show({json.dumps(data | news | pictures | {'updated': time.time()})});\n".encode())
 
 
 def save_curve(history, path):
@@ -1138,8 +1141,11 @@ def train(args, saved, precision):
 
     def show(status="training"):
         with clock.timed("page"):
-            write_page(args.results, status, about, run["history"], args.image_size, progress=min(progress(), 1),
-                       seconds=clock.elapsed(), seconds_left=seconds_left(), images_per_second=speed())
+            history = run["history"]
+            write_page(args.results, state=status, progress=min(progress(), 1), seconds=clock.elapsed(),
+                       seconds_left=seconds_left(), images_per_second=speed(), settings=about, columns=COLUMNS,
+                       history=history[::-math.ceil(len(history) / 1000) or -1][::-1], grids=grids(args.results, history),
+                       grid={"side": args.image_size, "padding": 2, "per_row": 8, "count": 64})
 
     def speed():
         return (run["images_seen"] - seen_before) / (time.time() - clock.begun)
@@ -1368,6 +1374,7 @@ def draw_samples(args, saved, precision):
             beside = "; nearest.png has the first of them, each beside the training image that is closest to it"
         except UserError:
             beside = f"; no nearest.png, since {args.dataroot} has no training images to compare with"
+        write_page(args.results)
         say(f"{args.sample} images in {folder}, the first {min(64, args.sample)} in the grid {args.results / 'samples.png'}"
             f"{beside}")
     with first_process_first():  # none ends before all have drawn

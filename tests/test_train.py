@@ -1,7 +1,9 @@
 """scriptc.py as a user runs it: every test is one promise about what its commands do."""
 
+import argparse
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ import scriptc
 from fake_face.draw_faces import draw_face, fill_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 SMALL = ["--image-size", "16", "--channels", "8", "16", "--batch-size", "16", "--sample-steps", "3", "--device", "cpu"]
 
 
@@ -87,6 +91,13 @@ def test_a_run_ends_with_a_grid_a_curve_a_table_and_a_checkpoint(trained):
     with Image.open(trained / "results" / f"epoch_2_step_{rows[1]['step']}.png") as grid:
         assert grid.size == (8 * (16 + 2) + 2,) * 2
     assert Image.open(trained / "results" / "loss.png").width > 400
+    with Image.open(trained / "results" / "denoising.png") as strip:
+        assert strip.size == (10 * (16 + 2) + 2, 8 * (16 + 2) + 2)
+    assert Image.open(trained / "results" / "progress.webp").format == "WEBP"
+    page = (trained / "results" / "run.js").read_text()
+    told = json.loads(page.removeprefix("show(").removesuffix(");\n"))
+    assert told["state"] == "finished" and len(told["history"]) == 2 and told["grids"][-1][0] == 2
+    assert (trained / "results" / "index.html").exists() == (ROOT / "results" / "index.html").exists()
     saved = checkpoint(trained)
     assert {"model", "ema", "optimizer", "epoch", "step", "config"} <= saved.keys()
     assert (saved["epoch"], saved["step"]) == (2, int(rows[1]["step"])) and saved["config"]["image_size"] == 16
@@ -207,6 +218,116 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(trained, tm
     assert checkpoint(tmp_path)["epoch"] == 4
 
 
+def test_a_second_run_on_the_same_checkpoint_is_refused(folder):
+    first = subprocess.Popen(command(folder, *SMALL, "--epochs", 1000), stdout=subprocess.PIPE, text=True)
+    try:
+        assert "images" in first.stdout.readline()
+        assert "another run" in refused(folder, *SMALL, "--epochs", 1000)
+    finally:
+        first.kill()
+        first.communicate()
+    assert run(folder, *SMALL, "--max-steps", 1).returncode == 0  # a killed run leaves no lock behind
+
+
+def test_a_disk_that_is_full_for_a_while_is_a_warning_and_no_end(folder, monkeypatch, capsys):
+    real_save, failures = scriptc.save_checkpoint, iter([OSError(28, "No space left on device")] * 3)
+
+    def save(path, state):
+        for failure in failures:
+            raise failure
+        real_save(path, state)
+
+    monkeypatch.setattr(scriptc, "save_checkpoint", save)
+    monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
+    assert scriptc.main(command(folder, *SMALL, "--epochs", 30)[2:]) == 0
+    assert capsys.readouterr().out.count("could not be saved ([Errno 28] No space left") == 3
+    assert checkpoint(folder)["epoch"] == 30
+
+
+def test_a_checkpoint_that_cannot_be_saved_at_the_end_keeps_the_one_before(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+    def save(path, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scriptc, "save_checkpoint", save)
+    monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
+    assert scriptc.main(command(tmp_path, "--epochs", 3, "--sample-steps", 3)[2:]) == 1
+    assert "make room" in capsys.readouterr().err and checkpoint(tmp_path)["epoch"] == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
+    state = checkpoint(trained)
+    next(iter(state["ema"].values())).view(-1)[0] = float("nan")
+    with pytest.raises(FloatingPointError):
+        scriptc.save_checkpoint(tmp_path / "checkpoint.pth", state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monkeypatch, capsys):
+    real_batch = scriptc.Faces.batch
+    assert scriptc.main(command(folder, *SMALL, "--max-steps", 4)[2:]) == 0
+    good = checkpoint(folder)
+    monkeypatch.setattr(scriptc.Faces, "batch", lambda self, rows, flip=None: real_batch(self, rows, flip) * (
+        math.nan if flip is not None else 1))
+    monkeypatch.setattr(scriptc, "BAD_STEPS", 1)
+    assert scriptc.main(command(folder, "--max-steps", 4000, "--lr", 1)[2:]) == 1
+    assert "--lr" in capsys.readouterr().err
+    assert same(good["model"], checkpoint(folder)["model"])
+
+
+# Parts and processes
+
+
+def test_a_step_in_parts_learns_the_same(folder, monkeypatch):
+    flags = [*SMALL, "--max-steps", 6, "--precision", "fp32"]
+    assert scriptc.main(command(folder, *flags)[2:]) == 0
+    monkeypatch.setattr(scriptc, "CPU_PIXELS", 5 * 16**2)
+    parts = folder / "parts.pth"
+    assert scriptc.main(command(folder, *flags, "--checkpoint", parts)[2:]) == 0
+    one, other = checkpoint(folder)["model"], torch.load(parts, weights_only=True)["model"]
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_a_batch_that_memory_does_not_take_is_halved_until_it_does():
+    class Hungry(torch.nn.Linear):
+        def forward(self, x, t):
+            if len(x) > 10:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().forward(x)
+
+    args = argparse.Namespace(image_size=16, batch_size=64, device=torch.device("meta"), lr=1)
+    model = Hungry(16, 3, device="meta")
+    assert scriptc.images_at_a_time(model, args, "fp32") == 8 and model.weight.grad is None
+
+
+def test_two_processes_learn_what_one_does(folder):
+    flags = [*SMALL, "--max-steps", 20, "--precision", "fp32"]
+    alone, both = folder / "alone", folder / "both"
+    for place, launcher in ((alone, []), (both, TWO_PROCESSES)):
+        flags_there = [*flags, "--results", place / "results", "--checkpoint", place / "checkpoint.pth"]
+        done = subprocess.run(launcher + command(folder, *flags_there)[bool(launcher):], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [row["images_seen"] for row in table(alone)] == [row["images_seen"] for row in table(both)]
+    for one, other in zip(table(alone), table(both)):
+        assert float(one["train_loss"]) == pytest.approx(float(other["train_loss"]), abs=1e-4)
+        assert float(one["heldout_loss"]) == pytest.approx(float(other["heldout_loss"]), abs=1e-4)
+
+
+def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
+    flags = [*SMALL, "--epochs", 60, "--save-minutes", "0.001"]
+    group = subprocess.Popen([*TWO_PROCESSES, "--max-restarts=3", *command(folder, *flags)[1:]], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.previous.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = pathlib.Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, error = group.communicate(timeout=300)
+    assert group.returncode == 0, error
+    assert [int(row["epoch"]) for row in table(folder)] == list(range(1, 61))
+
+
 # Drawing
 
 
@@ -222,6 +343,16 @@ def test_sample_draws_single_images_and_a_grid_that_repeat(trained, tmp_path):
     assert [len(drawn) for drawn in pictures] == [5, 3, 3] and pictures[0][0].shape == (16, 16, 3)
     assert all(np.abs(one.astype(int) - other).max() <= 1 for one, other in zip(pictures[0], pictures[1]))
     assert (pictures[1][0] != pictures[2][0]).any()
+    with Image.open(tmp_path / "results" / "nearest.png") as pairs:
+        assert pairs.size == (6 * 18 + 2, 20)
+
+
+def test_the_nearest_training_image_is_found_also_mirrored():
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 16, 16, 3), np.uint8)
+    images = torch.from_numpy(pixels[[3, 1400]]).permute(0, 3, 1, 2) / 127.5 - 1
+    images[1] = images[1].flip(2)
+    pairs = scriptc.nearest(images, pixels)
+    assert torch.allclose(pairs[0::2], images) and torch.allclose(pairs[1::2], images)
 
 
 # The folder of images
@@ -360,11 +491,20 @@ def test_sampling_without_a_checkpoint_says_to_train_first(folder):
     assert "train first" in refused(folder, "--sample", 4)
 
 
-@pytest.mark.parametrize("content", [b"", b"random bytes", "foreign", "code"])
-def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(folder, content):
+@pytest.mark.parametrize("content", [b"", b"random bytes", "foreign", "code", "bomb", "swapped"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(folder, trained, content):
     path = folder / "checkpoint.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content == "bomb":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+            bomb.writestr("archive/data.pkl", bytes(10**8))
+    elif content == "swapped":
+        state = checkpoint(trained)
+        weights = state["ema"]
+        weights["down.0.conv1.weight"], weights["down.0.conv2.weight"] = (
+            weights["down.0.conv2.weight"], weights["down.0.conv1.weight"])
+        torch.save(state, path)
     else:
         torch.save({"foreign": {"weights": torch.zeros(3)}, "code": pathlib.PurePosixPath("/")}[content], path)
     before = path.read_bytes()
