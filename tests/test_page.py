@@ -213,6 +213,7 @@ def test_values_of_an_epoch_are_shown_under_the_pointer(results, look):
 def test_values_of_an_epoch_are_shown_to_the_keyboard(results, look):
     page, rows = look(results), history(results)
     page.focus("#curve")
+    assert page.locator("#curve circle.picked").count() == 2
     assert (page.inner_text("#train"), page.inner_text("#held")) == figures(rows[-1])
     page.keyboard.press("ArrowLeft")
     assert (page.inner_text("#train"), page.inner_text("#held")) == figures(rows[-2])
@@ -285,5 +286,6 @@ def test_nothing_is_asked_of_the_network_and_nothing_goes_wrong(results, look):
 def test_it_fits_a_narrow_phone_and_its_colours(results, look, scheme):
     page = look(results, width=360, color_scheme=scheme, device_scale_factor=3)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert all(page.locator(part).bounding_box()["width"] > 250 for part in ("#frame", "#curve", "#controls"))
     red, green, blue = map(int, page.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(","))
     assert (red + green + blue > 600) == (scheme == "light")
