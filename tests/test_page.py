@@ -1,0 +1,291 @@
+"""results/index.html as a user opens it, from disk, in a real browser: every test is one promise about what it shows."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import time
+
+import pytest
+from PIL import Image, ImageFilter
+
+from fake_face.draw_faces import draw_face
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which steers the browser, is not installed")
+pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
+
+SIDE, PADDING = 16, 2
+
+
+def mosaic(images, per_row):
+    """The images of one size as one picture, laid out as scriptc.py lays out its grids."""
+    step = SIDE + PADDING
+    picture = Image.new("RGB", (per_row * step + PADDING, math.ceil(len(images) / per_row) * step + PADDING))
+    for number, image in enumerate(images):
+        picture.paste(image, (number % per_row * step + PADDING, number // per_row * step + PADDING))
+    return picture
+
+
+def told(folder):
+    """What the folder's run.js tells the page."""
+    return json.loads(re.fullmatch(r"show\((.*)\);?\s*", (folder / "run.js").read_text(encoding="utf-8"), re.DOTALL)[1])
+
+
+def tell(folder, **changes):
+    """Write run.js as a training does that goes on: whole at once, with a new time."""
+    run = (told(folder) if (folder / "run.js").exists() else {}) | {"updated": time.time()} | changes
+    (folder / "run.js.new").write_text(f"show({json.dumps(run)})\n", encoding="utf-8")
+    os.replace(folder / "run.js.new", folder / "run.js")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A results folder of a run of four epochs; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("results")
+    shutil.copy(ROOT / "results" / "index.html", folder)
+    faces, grids, history = [draw_face(seed, SIDE) for seed in range(64)], [], []
+    for epoch in range(1, 5):
+        grids.append([epoch, 5 * epoch, f"epoch_{epoch}_step_{5 * epoch}.png"])
+        mosaic([face.filter(ImageFilter.GaussianBlur(4 - epoch)) for face in faces], 8).save(folder / grids[-1][2])
+        history.append([epoch, 5 * epoch, 570 * epoch, 0.3 / epoch, 0.31 / epoch, 0.005 / epoch, 160.0, 4.0 * epoch])
+    mosaic(faces[:10], 5).save(folder / "denoising.png")
+    tell(folder, state="finished", seconds_left=None, progress=1, seconds=16.0, images_per_second=160.0,
+         settings=[["images", "570 to learn from, 30 held out"], ["device", "cpu, fp32"]],
+         columns=["epoch", "step", "images_seen", "train_loss", "heldout_loss", "lr", "images_per_second", "seconds"],
+         history=history, grids=grids, grid={"side": SIDE, "padding": PADDING, "per_row": 8, "count": 64},
+         denoising="denoising.png", nearest=None, samples=None)
+    return folder
+
+
+@pytest.fixture
+def copied(results, tmp_path):
+    return shutil.copytree(results, tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    unboxed = ["--no-sandbox"]  # Chromium's own sandbox refuses to run as root, as in most containers
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=BROWSER, args=unboxed) as browser:
+        yield browser
+
+
+@pytest.fixture
+def look(browser):
+    """A function that opens the page of a folder and waits for its first picture."""
+    pages = []
+
+    def open_page(folder, width=1280, waiting_for="#frame img", **options):
+        page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        page.complaints, page.requests = [], []
+        page.on("console", lambda message: page.complaints.append(message.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("request", lambda request: page.requests.append(request.url))
+        pages.append(page)
+        page.goto((folder / "index.html").as_uri())
+        page.wait_for_selector(waiting_for)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+def wait_for_grid(page, grid):
+    epoch, step, name = grid
+    page.wait_for_function("name => document.querySelector('#frame img')?.src.endsWith(name)", arg=name)
+    assert page.inner_text("#moment") == f"Epoch {epoch}, step {step}"
+
+
+def figures(row):
+    return f"training images {row['train_loss']:.4f}", f"held-out images {row['heldout_loss']:.4f}"
+
+
+def history(folder):
+    run = told(folder)
+    return [dict(zip(run["columns"], row)) for row in run["history"]]
+
+
+# What it shows
+
+
+def test_the_newest_grid_is_shown_large_and_sharp(results, look):
+    page = look(results)
+    wait_for_grid(page, told(results)["grids"][-1])
+    shown = page.evaluate("(({naturalWidth, width}) => [naturalWidth, width])(document.querySelector('#frame img'))")
+    assert shown[0] == 8 * (SIDE + PADDING) + PADDING and shown[1] >= 400 and shown[1] % shown[0] == 0
+    assert page.eval_on_selector("#frame img", "image => getComputedStyle(image).imageRendering") == "pixelated"
+
+
+def test_the_curve_has_a_point_for_every_epoch_on_both_lines(results, look):
+    page = look(results)
+    for kind in ("train", "held"):
+        points = page.get_attribute(f"#curve polyline.{kind}", "points").split()
+        assert len(points) == len(history(results))
+        across = [float(point.split(",")[0]) for point in points]
+        assert across == sorted(across) and len(set(across)) == len(across)
+    assert page.locator("#curve text").count() > 4
+
+
+def test_the_denoising_strip_is_shown_and_what_is_not_there_is_not(results, look):
+    page = look(results)
+    run = told(results)
+    for name in ("denoising", "nearest", "samples"):
+        assert page.is_visible(f"#{name}") == (run[name] is not None)
+    page.wait_for_function("document.getElementById('denoising').naturalWidth > 0")
+
+
+def test_settings_state_and_progress_are_told_in_words(copied, look):
+    tell(copied, state="training", progress=0.256, seconds_left=4000.0, images_per_second=1234.5)
+    page = look(copied)
+    assert page.inner_text("#state") == "Training: 25 %, 1 h 6 min left"
+    for label, text in told(copied)["settings"]:
+        assert label in page.inner_text("#settings") and text in page.inner_text("#settings")
+    assert "1,235 images a second" in page.inner_text("#settings")
+
+
+def test_a_training_that_fell_silent_is_said_to_have_stopped(copied, look):
+    tell(copied, state="training", progress=0.5, updated=time.time() - 1000)
+    assert "seems to have stopped" in look(copied).inner_text("#state")
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 1000])
+def test_a_short_and_a_long_run_are_shown_as_well(copied, look, epochs):
+    row = told(copied)["history"][0]
+    tell(copied, history=[[epoch, *row[1:3], 0.3 / epoch, 0.3 / epoch, *row[5:]] for epoch in range(1, epochs + 1)],
+         grids=told(copied)["grids"][:epochs])
+    page = look(copied, waiting_for="#seen")
+    page.wait_for_timeout(200)
+    assert page.locator("#curve polyline").count() == (2 if epochs else 0) and page.complaints == []
+    assert page.is_visible("#controls") == (epochs > 1)
+
+
+def test_text_in_the_data_stays_text(copied, look):
+    tell(copied, settings=[["device", "<img src=x onerror=alert(1)>"]])
+    assert "<img src=x" in look(copied).inner_text("#settings")
+
+
+def test_without_a_run_it_says_which_command_to_start(copied, look):
+    (copied / "run.js").unlink()
+    page = look(copied, waiting_for="#hint")
+    assert "python scriptc.py" in page.inner_text("#hint") and not page.is_visible("#seen")
+
+
+# Looking around
+
+
+def test_slider_arrow_keys_and_button_change_the_picture(results, look):
+    page, grids = look(results), told(results)["grids"]
+    page.keyboard.press("ArrowLeft")
+    wait_for_grid(page, grids[-2])
+    page.fill("#slider", "0")
+    wait_for_grid(page, grids[0])
+    page.focus("#slider")
+    page.keyboard.press("ArrowRight")
+    wait_for_grid(page, grids[1])
+    page.click("#newest")
+    wait_for_grid(page, grids[-1])
+
+
+def test_the_space_bar_plays_all_grids_from_the_first(results, look):
+    page, grids = look(results), told(results)["grids"]
+    page.evaluate("""window.shown = []; new MutationObserver(() => shown.push(document.querySelector("#frame img").src))
+                     .observe(document.getElementById("frame"), {childList: true})""")
+    page.keyboard.press("Space")
+    assert page.inner_text("#play") == "Pause"
+    page.wait_for_function("document.getElementById('play').textContent === 'Play'")
+    wait_for_grid(page, grids[-1])
+    assert [address.rpartition("/")[2] for address in page.evaluate("shown")] == [name for *_, name in grids]
+
+
+def test_values_of_an_epoch_are_shown_under_the_pointer(results, look):
+    page, rows = look(results), history(results)
+    box = page.locator("#curve").bounding_box()
+    for row, part in ((rows[0], 0.1), (rows[-1], 0.98)):
+        page.mouse.move(box["x"] + part * box["width"], box["y"] + 100)
+        assert page.inner_text("#picked").startswith(f"Epoch {row['epoch']}, {row['images_seen']:,} images")
+        assert (page.inner_text("#train"), page.inner_text("#held")) == figures(row)
+
+
+def test_values_of_an_epoch_are_shown_to_the_keyboard(results, look):
+    page, rows = look(results), history(results)
+    page.focus("#curve")
+    assert page.locator("#curve circle.picked").count() == 2
+    assert (page.inner_text("#train"), page.inner_text("#held")) == figures(rows[-1])
+    page.keyboard.press("ArrowLeft")
+    assert (page.inner_text("#train"), page.inner_text("#held")) == figures(rows[-2])
+    assert figures(rows[-2])[0] in page.get_attribute("#curve", "aria-valuetext")
+    page.keyboard.press("Home")
+    page.keyboard.press("Enter")
+    wait_for_grid(page, told(results)["grids"][0])
+
+
+def test_one_face_can_be_enlarged_and_followed(results, look):
+    page, grids = look(results), told(results)["grids"]
+    page.get_by_label("Face 10", exact=True).click()
+    scale = "image => image.width / image.naturalWidth"
+    assert page.eval_on_selector("#frame img", scale) > 20 and "face 10" in page.inner_text("#note")
+    page.keyboard.press("ArrowLeft")
+    wait_for_grid(page, grids[-2])
+    assert page.eval_on_selector("#frame img", scale) > 20
+    page.keyboard.press("Escape")
+    assert page.eval_on_selector("#frame img", scale) < 10
+
+
+# While it trains
+
+
+def land(folder):
+    """One more epoch with its grid, as a training adds it; returns the grid's entry."""
+    run = told(folder)
+    epoch, step, name = run["grids"][-1]
+    grid = [epoch + 1, step + 5, f"epoch_{epoch + 1}_step_{step + 5}.png"]
+    shutil.copy(folder / name, folder / grid[2])
+    tell(folder, state="training", grids=[*run["grids"], grid],
+         history=[*run["history"], [grid[0], grid[1], *run["history"][-1][2:]]])
+    return grid
+
+
+def test_a_new_epoch_appears_by_itself_but_not_to_one_who_looks_at_an_older(copied, look):
+    at_newest, at_older = look(copied), look(copied)
+    older = told(copied)["grids"][-2]
+    at_older.keyboard.press("ArrowLeft")
+    wait_for_grid(at_older, older)
+    epochs = len(history(copied))
+    newer = land(copied)
+    for page in (at_newest, at_older):
+        page.wait_for_function("n => document.querySelector('#curve polyline').points.length === n", arg=epochs + 1)
+    wait_for_grid(at_newest, newer)
+    wait_for_grid(at_older, older)
+
+
+def test_the_page_fills_when_the_first_run_begins(copied, look):
+    os.rename(copied / "run.js", copied / "later.js")
+    page = look(copied, waiting_for="#hint")
+    os.rename(copied / "later.js", copied / "run.js")
+    page.wait_for_selector("#frame img")
+    assert not page.is_visible("#hint")
+
+
+# Everywhere
+
+
+def test_nothing_is_asked_of_the_network_and_nothing_goes_wrong(results, look):
+    page = look(results)
+    page.keyboard.press("Space")
+    page.wait_for_timeout(500)
+    here = results.as_uri() + "/"
+    assert [url for url in page.requests if not url.startswith((here, "data:"))] == [] and page.complaints == []
+    assert any(url.startswith(here + "run.js") for url in page.requests)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_narrow_phone_and_its_colours(results, look, scheme):
+    page = look(results, width=360, color_scheme=scheme, device_scale_factor=3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert all(page.locator(part).bounding_box()["width"] > 250 for part in ("#frame", "#curve", "#controls"))
+    red, green, blue = map(int, page.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(","))
+    assert (red + green + blue > 600) == (scheme == "light")
