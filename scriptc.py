@@ -183,6 +183,15 @@ def say(line):
         tqdm.write(line)
 
 
+def join_processes():
+    """Make one group of the processes that torchrun has started."""
+    store, *_ = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else torchrun's restarts find addresses of dead processes
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK, world_size=PROCESSES,
+                            store=dist.PrefixStore(f"attempt {attempt}", store),
+                            timeout=datetime.timedelta(days=1))  # decoding and drawing are waited for
+
+
 @contextlib.contextmanager
 def first_process_first():
     """Of several processes, the first one runs the block alone, then all others do."""
@@ -1388,8 +1397,8 @@ def main(argv=None):
         signal.signal(number, signal.default_int_handler)
     try:
         if PROCESSES > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                    timeout=datetime.timedelta(days=1))  # decoding and drawing are waited for
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, while it waits for the others of a new group
+            join_processes()
         args, saved = read_settings(argv)
         precision = choose_precision(args.precision, args.device)
         check_writable(args.results)

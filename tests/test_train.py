@@ -1,6 +1,7 @@
 """scriptc.py as a user runs it: every test is one promise about what its commands do."""
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -285,11 +286,12 @@ def test_a_step_in_parts_learns_the_same(folder, monkeypatch):
     monkeypatch.setattr(scriptc, "CPU_PIXELS", 5 * 16**2)
     parts = folder / "parts.pth"
     assert scriptc.main(command(folder, *flags, "--checkpoint", parts)[2:]) == 0
-    one, other = checkpoint(folder)["model"], torch.load(parts, weights_only=True)["model"]
-    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+    for one, other in zip(checkpoint(folder)["history"], torch.load(parts, weights_only=True)["history"], strict=True):
+        assert one[:3] == other[:3] and one[3:5] == pytest.approx(other[3:5], abs=1e-4)
 
 
-def test_a_batch_that_memory_does_not_take_is_halved_until_it_does():
+def test_a_batch_that_memory_does_not_take_is_halved_until_it_does(monkeypatch):
+    monkeypatch.setattr(scriptc, "autocast", lambda *_: contextlib.nullcontext())  # the meta device knows none
     class Hungry(torch.nn.Linear):
         def forward(self, x, t):
             if len(x) > 10:
