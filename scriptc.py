@@ -401,7 +401,7 @@ class Faces:
         images = images.to(self.device, non_blocking=True)
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
-        return images.permute(0, 3, 1, 2) / 127.5 - 1
+        return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 # ---------------------------------------------------------------------------------------------- forward diffusion ----
