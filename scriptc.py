@@ -227,13 +227,14 @@ def read_image(path, size):
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"claims {image.width} x {image.height} pixels")
         image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled while it is decoded, to no less than twice the need
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits a channel: Pillow would clip them
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return np.asarray(image)
 
 
 def decode(path, size):
@@ -366,8 +367,8 @@ def load_images(root, size, results):
             raise UserError(f"the image cache can be written neither in {root} nor in {results}: {trouble}")
         index, pixels = open_cache(path, size)
     names = [name_of(file) for file, reason in index.items() if not reason]
-    skipped = {name_of(file): reason for file, reason in index.items() if reason}
-    skipped = {name: reason for name, reason in skipped.items() if name.lower().endswith(SUFFIXES)}
+    skipped = {name_of(file).encode(errors="backslashreplace").decode(): reason for file, reason in index.items()
+               if reason and name_of(file).lower().endswith(SUFFIXES)}
     if len(names) < 2:
         raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
                         f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, "
@@ -377,7 +378,7 @@ def load_images(root, size, results):
 
 def split(names):
     """Row numbers (train, held out): the hash of its name decides, so an image keeps its side as the folder grows."""
-    hashes = np.array([zlib.crc32(os.path.basename(name).encode()) for name in names])
+    hashes = np.array([zlib.crc32(os.fsencode(os.path.basename(name))) for name in names])
     held_out = hashes % HELD_OUT_ONE_IN == 0
     held_out[hashes.argmin()] |= not held_out.any()
     return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
