@@ -22,7 +22,9 @@ import csv
 import datetime
 import hashlib
 import io
+import itertools
 import json
+import logging
 import math
 import mmap
 import os
@@ -32,6 +34,7 @@ import signal
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -275,7 +278,7 @@ def replacing(path):
 Image.init()
 FORMATS = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"}
 FORMATS = sorted(FORMATS & Image.OPEN.keys())  # the rest of what Pillow reads is no photographs, or runs other programs
-SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+SUFFIXES = (".heic", ".heif", *(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 MAX_PIXELS = 64_000_000
 HELD_OUT_ONE_IN = 20
 
@@ -292,13 +295,14 @@ def read_image(path, size):
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"claims {image.width} x {image.height} pixels")
         image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled while it is decoded, to no less than twice the need
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits a channel: Pillow would clip them
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return np.asarray(image)
 
 
 def decode(path, size):
@@ -308,27 +312,51 @@ def decode(path, size):
             return None, "a folder" if os.path.isdir(path) else "not a file"
         return (read_image(path, size), "") if os.path.getsize(path) else (None, "empty")
     except UnidentifiedImageError:
-        return None, "not an image"
+        return None, "not an image that Pillow can read"
     except Exception as error:  # broken files make Pillow's decoders raise almost anything
         return None, getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+@contextlib.contextmanager
+def quiet():
+    """While images are read: no warnings, nor what C libraries say of broken ones to the terminal; a progress bar stays."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with warnings.catch_warnings(), os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
+        warnings.simplefilter("ignore")
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            with contextlib.redirect_stderr(terminal):
+                yield
+        finally:
+            os.dup2(terminal.fileno(), 2)
+
+
 def list_files(root):
-    """{path relative to root: [bytes, modified ns]} of all below `root`, through links too, but nothing hidden."""
-    files, walked = {}, set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in walked:  # a link that leads back up
-            subfolders.clear()
-            continue
-        walked.add((about.st_dev, about.st_ino))
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names + [name for name in subfolders if name.lower().endswith(SUFFIXES)]:
-            if not name.startswith("."):
-                path = os.path.join(folder, name)
-                about = os.stat(path) if os.path.isfile(path) else None
-                files[os.path.relpath(path, root)] = [about.st_size, about.st_mtime_ns] if about else [0, 0]
-    return files
+    """Sorted "name bytes modified", name relative to `root`, of every file below it, through links, but nothing hidden."""
+    files, walked, folders = [], set(), [""]
+    for folder in folders:  # which grows on the way
+        with contextlib.suppress(OSError):  # a folder that cannot be read
+            about = os.stat(os.path.join(root, folder))
+            entries = [] if (about.st_dev, about.st_ino) in walked else os.scandir(os.path.join(root, folder))
+            walked.add((about.st_dev, about.st_ino))  # for a link that leads back up
+            for entry in entries:
+                name, size, modified = os.path.join(folder, entry.name), 0, 0
+                if entry.name.startswith("."):
+                    continue
+                with contextlib.suppress(OSError):  # a link to nowhere, or gone since
+                    if entry.is_dir():
+                        folders.append(name)
+                        if not name.lower().endswith(SUFFIXES):
+                            continue
+                    elif entry.is_file():
+                        size, modified = entry.stat().st_size, entry.stat().st_mtime_ns
+                files.append(f"{name} {size} {modified}")
+    return sorted(files)
+
+
+def name_of(file):
+    """The name in an item of list_files."""
+    return file.rsplit(" ", 2)[0]
 
 
 def open_cache(path, size):
@@ -339,32 +367,37 @@ def open_cache(path, size):
             if entry.compress_type != zipfile.ZIP_STORED or file.testzip():
                 return {}, None
             index = json.loads(file.read("index.json"))
-        shape = (sum(not reason for *_, reason in index.values()), size, size, 3)
+        shape = (sum(not reason for reason in index.values()), size, size, 3)
         with open(path, "rb") as file:
             file.seek(entry.header_offset + 26)
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
         if math.prod(shape) != entry.file_size:
             return {}, None
         return index, np.memmap(path, np.uint8, "c", start, shape)
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+    except Exception:  # what is in a damaged file can make the readers raise almost anything
         return {}, None
 
 
 def write_cache(path, size, root, files, index, pixels):
     """Write the cache of `files`: what an older cache (`index`, `pixels`) knows of them is copied, the rest decoded."""
-    rows = {name: row for row, name in enumerate(name for name, about in index.items() if not about[2])}
-    fresh = [name for name in sorted(files) if index.get(name, [])[:2] != files[name]]
-    todo, written, interrupt = set(fresh), {}, None
-    with replacing(path) as out, zipfile.ZipFile(out, "w") as archive, ThreadPool(os.cpu_count()) as pool:
-        decoded = pool.imap(lambda name: decode(os.path.join(root, name), size), fresh, chunksize=8)
+    rows = {file: row for row, file in enumerate(file for file, reason in index.items() if not reason)}
+
+    def read(file):
+        if file in index:
+            return pixels[rows[file]] if file in rows else None, index[file]
+        return decode(os.path.join(root, name_of(file)), size)
+
+    written, interrupt = {}, None
+    with replacing(path) as out, zipfile.ZipFile(out, "w") as archive, ThreadPool(os.cpu_count()) as pool, quiet():
+        parts = (pool.map(read, files[first : first + 256], 4) for first in range(0, len(files), 256))  # few in memory
+        images = track(itertools.chain.from_iterable(parts), len(files), f"reading images at {size} px")
         try:
             with archive.open("pixels", "w", force_zip64=True) as stream:
-                for name in track(sorted(files), len(files), f"reading images at {size} px"):
-                    image, reason = next(decoded) if name in todo else (pixels[rows[name]] if name in rows else None,
-                                                                        index[name][2])
+                for file, (image, reason) in zip(files, images):
                     if image is not None:
                         stream.write(image.data)
-                    written[name] = [*files[name], reason]
+                        release(pixels)
+                    written[file] = reason
         except KeyboardInterrupt as stopped:  # what is done is kept: the next start goes on from it
             interrupt = stopped
         archive.writestr("index.json", json.dumps(written))
@@ -372,19 +405,26 @@ def write_cache(path, size, root, files, index, pixels):
         raise interrupt
 
 
+def release(pixels):
+    """Keep what was read of memory-mapped `pixels` out of this process's memory: the system's page cache has it."""
+    if pixels is not None and hasattr(pixels._mmap, "madvise"):
+        pixels._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def load_images(root, size, results):
     """Every good image below `root`, decoded once, then kept in a cache file that follows the folder.
 
     The cache is in `root`, or in `results` where `root` cannot be written. It is a zip file, uncompressed, of "pixels",
-    (N, size, size, 3) uint8, and "index.json", {name: [bytes, modified ns, reason to skip it or ""]} in the same order.
-    It is only ever replaced whole, so neither a kill nor a second training can spoil it.
+    (N, size, size, 3) uint8, and "index.json", {"name bytes modified": reason to skip it or ""} in the same order, where
+    modified is in ns. It is only ever replaced whole, so neither a kill nor a second training can spoil it, and a start
+    compares all of it with the zip file's checksums (2 GB/s) before it believes it.
 
     Returns (names, memory-mapped pixels in that order, {name: reason} of the skipped, path of the cache).
     """
     files = list_files(root)
     places = [pathlib.Path(folder, f".faces_{size}px.cache") for folder in (root, results)]
     path, (index, pixels) = max(((path, open_cache(path, size)) for path in places), key=lambda found: len(found[1][0]))
-    if {name: about[:2] for name, about in index.items()} != files:
+    if list(index) != files:
         for path in places:
             try:
                 write_cache(path, size, root, files, index, pixels)
@@ -394,8 +434,9 @@ def load_images(root, size, results):
         else:
             raise UserError(f"the image cache can be written neither in {root} nor in {results}: {trouble}")
         index, pixels = open_cache(path, size)
-    names = [name for name, about in index.items() if not about[2]]
-    skipped = {name: about[2] for name, about in index.items() if about[2] and name.lower().endswith(SUFFIXES)}
+    names = [name_of(file) for file, reason in index.items() if not reason]
+    skipped = {name_of(file).encode(errors="backslashreplace").decode(): reason for file, reason in index.items()
+               if reason and name_of(file).lower().endswith(SUFFIXES)}
     if len(names) < 2:
         raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
                         f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, "
@@ -405,7 +446,7 @@ def load_images(root, size, results):
 
 def split(names):
     """Row numbers (train, held out): the hash of its name decides, so an image keeps its side as the folder grows."""
-    hashes = np.array([zlib.crc32(os.path.basename(name).encode()) for name in names])
+    hashes = np.array([zlib.crc32(os.fsencode(os.path.basename(name))) for name in names])
     held_out = hashes % HELD_OUT_ONE_IN == 0
     held_out[hashes.argmin()] |= not held_out.any()
     return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
@@ -415,7 +456,7 @@ class Faces:
     """The cached pixels as batches on a device: kept on the card where they fit it easily, else read as needed."""
 
     def __init__(self, pixels, device):
-        self.device, self.mapped = device, pixels._mmap
+        self.device, self.mapped = device, pixels
         self.pixels = torch.from_numpy(pixels)
         if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels = self.pixels.to(device)
@@ -423,12 +464,13 @@ class Faces:
     def batch(self, rows, flip=None):
         """Images x_0 (B, 3, S, S) in [-1, 1], channels last, of `rows` (B,), mirrored where `flip` (B,) is True."""
         images = self.pixels[rows.to(self.pixels.device)]
-        if self.pixels.device.type == "cpu" and hasattr(self.mapped, "madvise"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)  # the system's page cache keeps them, this process need not
+        release(self.mapped)
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()
-        x_0 = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1
-        return x_0 if flip is None else torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+        images = images.to(self.device, non_blocking=True)
+        if flip is not None:
+            images = torch.where(flip[:, None, None, None], images.flip(2), images)
+        return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 # ---------------------------------------------------------------------------------------------- forward diffusion ----

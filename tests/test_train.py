@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -386,6 +387,23 @@ def test_all_kinds_of_image_files_are_read_as_they_look(tmp_path):
 def test_transparency_is_laid_over_white(tmp_path):
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (scriptc.decode(str(tmp_path / "clear.png"), 16)[0] == 255).all()
+    half = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
+    half.paste((0, 0, 0, 128), (0, 0, 16, 32))
+    half.save(tmp_path / "half.png")
+    half.convert("LA").save(tmp_path / "gray.png")
+    pixels, gray = (scriptc.decode(str(tmp_path / name), 16)[0].astype(int) for name in ("half.png", "gray.png"))
+    assert np.abs(pixels[:, :6] - 127).max() < 3 and np.abs(pixels[:, 10:] - [255, 0, 0]).max() < 3
+    assert np.abs(gray[:, :6] - 127).max() < 3 and np.abs(gray[:, 10:] - 76).max() < 3
+
+
+def test_sixteen_bits_a_channel_are_read_as_eight(tmp_path):
+    gray = draw_face(1, 16).convert("L")
+    deep = np.asarray(gray).astype(np.uint16) << 8
+    kinds = {"png": deep, "tiff": deep, "big_endian.tiff": deep.astype(">u2"), "wide.tiff": deep.astype("i4")}
+    for suffix, samples in kinds.items():
+        Image.fromarray(samples).save(tmp_path / f"deep.{suffix}")
+    for path in tmp_path.iterdir():
+        assert (scriptc.decode(str(path), 16)[0] == np.asarray(gray)[..., None]).all(), path.name
 
 
 def test_the_middle_of_a_wide_image_is_kept(tmp_path):
@@ -410,6 +428,61 @@ def test_what_is_no_image_is_skipped_counted_and_named(folder):
     assert done.returncode == 0 and "40 below" in done.stdout and "5 files" in done.stdout
     listed = (folder / "results" / "skipped_images.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in listed] == ["cut.jpg", "empty.jpg", "folder.png", "nowhere.png", "page.jpg"]
+
+
+def test_broken_images_leave_the_terminal_clean_and_are_used_or_listed(folder):
+    faces, chance = folder / "faces", random.Random(0)
+    for number in range(60):
+        kind, options = chance.choice([("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("PPM", {}),
+                                       ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"})])
+        path = faces / f"{number:02d}.{kind.lower()}"
+        draw_face(number, 64).save(path, kind, **options)
+        content = bytearray(path.read_bytes())
+        for _ in range(20):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content[: chance.randrange(len(content)) if number % 3 == 0 else None])
+    done = run(folder, *SMALL, "--max-steps", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = (folder / "results" / "skipped_images.txt").read_text().splitlines()
+    assert len(listed) >= 20 and all(re.fullmatch(r"\d\d\.\w+: .+", line) for line in listed)
+    used = int(re.search(r"images +(\d+) below", done.stdout)[1])
+    assert used + len(listed) == 40 + 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_no_text_is_no_obstacle(folder):
+    for name in (b"\xff good.png", b"\xff bad.png"):
+        with open(os.path.join(os.fsencode(folder / "faces"), name), "wb") as file:
+            draw_face(1, 32).save(file, "PNG")
+            file.truncate(None if b"good" in name else 100)
+    done = run(folder, *SMALL, "--max-steps", 1)
+    assert (done.returncode, done.stderr) == (0, "") and "41 below" in done.stdout
+    assert "bad.png" in (folder / "results" / "skipped_images.txt").read_text()
+
+
+def test_links_are_followed_but_never_in_a_circle(tmp_path):
+    fill_folder(tmp_path / "elsewhere", 3, 32)
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "faces")
+    (tmp_path / "faces" / "itself.png").symlink_to("itself.png")
+    names, _, skipped, _ = scriptc.load_images(tmp_path / "faces", 16, tmp_path)
+    assert len(names) == 3 and list(skipped) == ["itself.png"]
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_cache_in_results(folder, monkeypatch):
+    real_replacing = scriptc.replacing
+
+    def replacing(path):
+        if path.parent == folder / "faces":
+            raise PermissionError("read-only")
+        return real_replacing(path)
+
+    monkeypatch.setattr(scriptc, "replacing", replacing)
+    first = scriptc.load_images(folder / "faces", 16, folder)
+    monkeypatch.setattr(scriptc, "decode", None)
+    second = scriptc.load_images(folder / "faces", 16, folder)
+    assert first[3].parent == second[3].parent == folder and first[0] == second[0] and (first[1] == second[1]).all()
 
 
 def test_the_cache_follows_the_folder(tmp_path, monkeypatch):
