@@ -1,6 +1,6 @@
 """Break the training of scriptc.py in every way at hand and see whether it keeps its promises; print a markdown table.
 
-    python tests/benchmarks/bench_faults.py                             # every part, about an hour on two cores
+    python tests/benchmarks/bench_faults.py                             # every part, over an hour on two cores
     python tests/benchmarks/bench_faults.py kills inside-save           # some
     python tests/benchmarks/bench_faults.py kills --runs 4              # small: a minute or two
     python tests/benchmarks/bench_faults.py inside-save --every 20      # small
@@ -262,9 +262,10 @@ NO_LINKS = ("-e", "inject=link,linkat:error=EPERM")  # what Google Drive and FAT
 
 
 def traced_save(module, folder, state, *options):
-    """save_checkpoint in a forked child under strace: (0 saved, 3 OSError or RuntimeError, 4 another error, -9 killed; trace).
+    """save_checkpoint in a forked child under strace: (exit status, trace).
 
-    The child sleeps until the first line of the trace is there, so every call of the save is seen.
+    0 is saved, 3 an OSError or RuntimeError, 4 any other (its text is then in `folder`/error), -9 killed. The child sleeps
+    until the first line of the trace is there, so every call of the save is seen.
     """
     go = mmap.mmap(-1, 1)
     log = folder / "trace"
@@ -279,7 +280,7 @@ def traced_save(module, folder, state, *options):
         except (OSError, RuntimeError):
             status = 3
         except BaseException as error:
-            (folder / "error").write_text(f": {error!r}")
+            (folder / "error").write_text(repr(error))
         finally:
             os._exit(status)
     command = ["strace", "-f", "-qq", "-o", str(log), "-p", str(pid), *options]
@@ -325,10 +326,12 @@ def inside_save(args, folder):
         """(what was done, ended as, what went wrong) of one disturbed save."""
         number, earlier, options, injection = case
         own, old, new = prepared(f"case {number}", earlier)
-        status, _ = traced_save(module, own, states[2], "-e", f"trace=clock_nanosleep,link,linkat,{injection.partition(':')[0]}",
-                                *options, "-e", f"inject={injection}")
+        traced = f"trace=clock_nanosleep,link,linkat,{injection.partition(':')[0]}"
+        status, _ = traced_save(module, own, states[2], "-e", traced, *options, "-e", f"inject={injection}")
         what = f"{injection}, {earlier} saves before{', no links' if options else ''}"
-        wrong = [f"{what}: ended with {status}"] if status not in (0, 3, -signal.SIGKILL) else []
+        wrong = []
+        if status not in (0, 3, -signal.SIGKILL):
+            wrong.append(f"{what}: the save raised what it does not promise, {(own / 'error').read_text()}")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             try:
                 found = module.read_checkpoint(own / "checkpoint.pth")
@@ -622,8 +625,8 @@ def mutated(args, folder):
     counts = collections.Counter(came for _, _, came, _ in results)
     wrong = [line for *_, lines in results for line in lines]
     executed = sum(line.endswith("executed") for line in wrong)
-    return (f"{args.files} files, each with and without a good one before: {counts['from the one before']} times the one before "
-            f"was used, {counts['refused']} refused, {counts['from itself']} accepted as they were, "
+    return (f"{args.files} files, each with and without a good one before: {counts['from the one before']} times the one "
+            f"before was used, {counts['refused']} refused, {counts['from itself']} accepted as they were, "
             f"{counts['from something else']} accepted wrongly, {counts['traceback']} tracebacks, {executed} executed, "
             f"{counts['hung']} hung, {counts['crashed']} crashed; {sum(bool(lines) for *_, lines in results)} broke a promise"
             ), wrong
@@ -653,7 +656,7 @@ def full_disk(args, folder):
 def fill_disk(args, disk, faces, freed):
     """Train onto `disk`, fill it after the first checkpoint, and free it again or not: (result, what went wrong)."""
     log, path, wrong = disk.parent / f"freed {freed}", disk / "checkpoint.pth", []
-    flags = (*SMALL, "--channels", "32", "64", "96", "--save-minutes", "0.02", "--minutes", args.minutes)
+    flags = (*SMALL, "--channels", "24", "48", "72", "--save-minutes", "0.02", "--minutes", args.minutes)
     with open(log, "wb") as output:
         process = subprocess.Popen([sys.executable, str(args.scriptc), *places(disk, faces), *map(str, flags)], stdout=output,
                                    stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -665,6 +668,9 @@ def fill_disk(args, disk, faces, freed):
             pass
     filled, reads, steps = time.monotonic(), 0, set()
     while process.poll() is None:
+        if time.monotonic() - filled > 180 * args.minutes + 60:
+            process.kill()
+            wrong.append("hung")
         try:
             steps.add(whole(path)["step"])
             reads += 1
@@ -677,13 +683,15 @@ def fill_disk(args, disk, faces, freed):
     status = process.wait()
     (disk / "ballast").unlink(missing_ok=True)
     lines = log.read_text().splitlines()
-    said = [line for line in lines[usual:] if "space" in line.lower()]
+    said = [line for line in lines[usual:] if "space" in line.lower() or "full" in line.lower()]
     if "Traceback (most recent call last):" in lines:
         wrong.append(f"traceback: {lines[-1]}")
     if status != (0 if freed else 1):
         wrong.append(f"ended with {status}: {lines[-1]}")
     if not said:
         wrong.append("nothing was said of the full disk")
+    if not freed and not lines[-1].startswith("scriptc.py: "):
+        wrong.append(f"the last line is not the sentence that says why: {lines[-1]}")
     state = whole(path)
     if freed and not state.get("finished", True):
         wrong.append("the last checkpoint is not that of the end")
@@ -696,36 +704,39 @@ def fill_disk(args, disk, faces, freed):
 
 
 def cost(args, folder):
-    draw(folder / "faces", 120, 64)  # fewer than a batch: every step is an epoch, with a row and its speed in the table
-    steps, saves, files = {True: [], False: []}, 0, set()
+    draw(folder / "few", 3)
+    draw(folder / "faces", 120, 64)  # fewer than a batch, as the three: a step is an epoch, with a row of its own
 
-    def count_saves(path, process):
+    def measured(name, faces, *flags):
+        """(seconds of each step, saves seen) of a run with the default network."""
+        own, times = folder / name, set()
+        process = start(args, own, *flags, "--device", "cpu", "--sample-steps", "1", faces=folder / faces,
+                        threads=os.cpu_count())
         while process.poll() is None:
             with contextlib.suppress(FileNotFoundError):
-                files.add(path.stat().st_mtime_ns)
+                times.add((own / "checkpoint.pth").stat().st_mtime_ns)
             time.sleep(0.01)
-        return len(files)
-
-    for number, often in enumerate((False, True, False, True)):
-        own = folder / str(number)
-        process = start(args, own, "--max-steps", args.steps, "--save-minutes", "0.00001" if often else "1000",
-                        faces=folder / "faces", threads=os.cpu_count())
-        files.clear()
-        saves += count_saves(own / "checkpoint.pth", process) * often
         if process.returncode:
             raise RuntimeError(last_line(own / "output"))
         seen = [0, *(int(row["images_seen"]) for row in table(own))]
-        steps[often] += [(now - before) / float(row["images_per_second"])
-                         for before, now, row in zip(seen, seen[1:], table(own))]
-    held_up = (statistics.median(steps[True]) - statistics.median(steps[False])) * len(steps[True]) / saves
-    own, files = folder / "defaults", set()
-    count = count_saves(own / "checkpoint.pth", start(args, own, "--max-steps", 2 * args.steps, faces=folder / "faces",
-                                                      threads=os.cpu_count()))
-    seconds = sum(images / float(row["images_per_second"]) for images, row in zip(itertools.repeat(120), table(own)))
-    return (f"a save holds training up for {held_up:.2f} s ({(own / 'checkpoint.pth').stat().st_size / 1e6:.0f} MB; the median "
-            f"step takes {statistics.median(steps[False]):.2f} s, and {statistics.median(steps[True]):.2f} s with a save after "
-            f"each): {held_up / 600:.3%} of the time at one in ten minutes. With default settings and epochs of one step "
-            f"{count} were made in {seconds:.0f} s of steps, that at the end included"), []
+        speeds = [float(row["images_per_second"]) for row in table(own)]
+        return [(now - earlier) / speed for earlier, now, speed in zip(seen, seen[1:], speeds)], len(times)
+
+    steps, saves = {"never": [], "always": []}, 0
+    for turn, when in enumerate(("never", "always", "never", "always")):
+        interval = {"never": "1000", "always": "0.00001"}[when]
+        seconds, count = measured(f"{when} {turn}", "few", "--image-size", "16", "--max-steps", 4 * args.steps,
+                                  "--save-minutes", interval)
+        steps[when] += seconds
+        saves += count * (when == "always")
+    plain, saving = (statistics.median(steps[when]) for when in ("never", "always"))
+    held_up = (saving - plain) * len(steps["always"]) / saves
+    seconds, count = measured("defaults", "faces", "--max-steps", args.steps)
+    size = (folder / "defaults" / "checkpoint.pth").stat().st_size / 1e6
+    return (f"a save of {size:.0f} MB holds training up for {held_up:.2f} s (default network at 16 px, where steps are short: "
+            f"{plain:.2f} s without a save, {saving:.2f} s with one): {held_up / 600:.3%} of the time at one in ten minutes. "
+            f"With default settings and epochs of one step of {statistics.median(seconds):.1f} s {count - 1} saves before that "
+            f"at the end, {(count - 1) * held_up / sum(seconds):.2%} of {sum(seconds):.0f} s"), []
 
 
 # ----------------------------------------------------------------------------------------------------------- main ----
@@ -746,7 +757,7 @@ def main():
     add("--every", type=int, default=1, help="inside-save: only every N-th of the calls that come more than 20 times (1)")
     add("--files", type=int, default=500, help="mutated: bad checkpoints (500)")
     add("--minutes", type=float, default=1, help="full-disk: length of each of the two runs (1)")
-    add("--steps", type=int, default=8, help="cost: steps of each of the four runs (8)")
+    add("--steps", type=int, default=8, help="cost: steps with default settings, four times as many short ones (8)")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(ROWS)}")
