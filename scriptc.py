@@ -799,9 +799,9 @@ def save_checkpoint(path, state):
             spare.unlink(missing_ok=True)
             try:
                 os.link(path, spare)  # a second name, so that there is a checkpoint at `path` at every moment
-            except OSError:  # a file system without links
-                os.replace(path, spare)
-            os.replace(spare, before(path))
+                os.replace(spare, before(path))
+            except OSError:  # a file system without links: at every moment there is one under one of the two names
+                os.replace(path, before(path))
 
 
 def read_whole(path):
