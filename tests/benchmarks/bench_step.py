@@ -1,0 +1,288 @@
+"""How fast a training step and sampling are: against the copied notebook, and against what the machine can do at all.
+
+    python tests/benchmarks/bench_step.py                          two cores: about eight minutes
+    python tests/benchmarks/bench_step.py --device cuda            a card
+    python tests/benchmarks/bench_step.py --only step measures     some of the parts: step, sampling, measures, loop, start
+
+Everything that is compared runs in turn, several times, in one process; the table gives medians. FLOPs are those of the
+convolutions and matrix products, counted by PyTorch, forward and backward. The ceiling is the best rate that a forward
+convolution of one of the network's own main shapes reaches in the same precision on the same machine.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import scriptc  # noqa: E402
+from fake_face.draw_faces import fill_folder  # noqa: E402
+
+
+class NotebookBlock(nn.Module):
+    """Two convolutions with batch normalisation, the time added in between, then a strided convolution."""
+
+    def __init__(self, c_in, c_out, c_time, up):
+        super().__init__()
+        self.time = nn.Linear(c_time, c_out)
+        self.conv1 = nn.Conv2d(2 * c_in if up else c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.resize = (nn.ConvTranspose2d if up else nn.Conv2d)(c_out, c_out, 4, 2, 1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(c_out), nn.BatchNorm2d(c_out)
+
+    def forward(self, x, time):
+        h = self.norm1(F.relu(self.conv1(x))) + F.relu(self.time(time))[:, :, None, None]
+        return self.resize(self.norm2(F.relu(self.conv2(h))))
+
+
+class Notebook(nn.Module):
+    """The network of the much copied notebook, whose widths are 64 to 1024; here `base` to 16 x `base`."""
+
+    def __init__(self, base):
+        super().__init__()
+        widths = [base * 2**level for level in range(5)]
+        self.time = nn.Sequential(scriptc.SinusoidalPositionEmbeddings(32), nn.Linear(32, 32), nn.ReLU())
+        self.first = nn.Conv2d(3, base, 3, padding=1)
+        self.down = nn.ModuleList(NotebookBlock(a, b, 32, False) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(NotebookBlock(b, a, 32, True) for a, b in reversed([*zip(widths, widths[1:])]))
+        self.last = nn.Conv2d(base, 3, 1)
+
+    def forward(self, x, t):
+        time, skips, x = self.time(t), [], self.first(x)
+        for block in self.down:
+            x = block(x, time)
+            skips.append(x)
+        for block in self.up:
+            x = block(torch.cat((x, skips.pop()), dim=1), time)
+        return self.last(x)
+
+
+def flops_forward(network, size):
+    """Floating-point operations of one image through the network."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size, device=args.device), torch.zeros(1, dtype=torch.long, device=args.device))
+    return counter.get_total_flops()
+
+
+def flops_of(step):
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    return counter.get_total_flops()
+
+
+def seconds(works, repeats):
+    """Median seconds of each of several functions, run in turn."""
+    times = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            begun = time.perf_counter()
+            work()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first one warms up
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def our_step(batch, precision=None, channels_last=True, parts=1, compiled=False, muon=True):
+    """A function that makes one training step as train() does, on images that are in memory already."""
+    device, precision = torch.device(args.device), precision or scriptc.choose_precision("auto", torch.device(args.device))
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    model = scriptc.SimpleUnet(channels, args.size).to(device, memory_format=form)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    network = torch.compile(model) if compiled else model
+    weights, averages = list(model.parameters()), list(ema.parameters())
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    optimizer = scriptc.Muon(model, 1e-3, dtype) if muon else torch.optim.AdamW(weights, 1e-3, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    alphas_cumprod = torch.cumprod(1 - scriptc.linear_beta_schedule(1000), 0).float().to(device)
+    images = torch.randint(0, 256, (batch, args.size, args.size, 3), dtype=torch.uint8, device=device)
+
+    def step():
+        noise = torch.randn(batch, args.size, args.size, 3, device=device).permute(0, 3, 1, 2)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        x_0 = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        for part in torch.arange(batch, device=device).chunk(parts):
+            x_t, target = scriptc.forward_diffusion(x_0[part], t[part], alphas_cumprod, noise[part])
+            if not channels_last:
+                x_t = x_t.contiguous()
+            with scriptc.autocast(device, precision):
+                predicted = network(x_t, t[part])
+            scaler.scale((predicted.float() - target).abs().sum() / noise.numel()).backward()
+        scaler.unscale_(optimizer)
+        finite = nn.utils.clip_grad_norm_(weights, 1.0).isfinite()
+        optimizer.step(finite) if muon else optimizer.step()
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, weights, 0.01)
+
+    return step
+
+
+def notebook_step(batch, base):
+    """The same for the notebook's loop as it is copied: float32, Adam, standard memory format, its loss read every step."""
+    device = torch.device(args.device)
+    model = Notebook(base).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 300), 0).to(device)
+    x_0 = torch.rand(batch, 3, args.size, args.size, device=device) * 2 - 1
+
+    def step():
+        optimizer.zero_grad()
+        t = torch.randint(0, 300, (batch,), device=device)
+        x_t, noise = scriptc.forward_diffusion(x_0, t, alphas_cumprod)
+        loss = F.l1_loss(noise, model(x_t, t))
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def ceiling(batch):
+    """FLOPs a second of the fastest of the network's 3 x 3 convolutions, on its own, in the network's precision."""
+    device = torch.device(args.device)
+    precision = scriptc.choose_precision("auto", device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    side, works, flops = args.size // scriptc.SimpleUnet(channels, args.size).fold, {}, {}
+    for level, width in enumerate(channels):
+        x = torch.randn(batch, width, side >> level, side >> level, device=device, dtype=dtype)
+        weight = torch.randn(width, width, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+        works[width] = lambda x=x, weight=weight: [F.conv2d(x, weight, padding=1) for _ in range(5)]
+        flops[width] = 5 * 2 * 9 * width**2 * x.numel() / width
+    with torch.no_grad():
+        taken = seconds(works, args.repeats)
+    return max(flops[width] / taken[width] for width in works)
+
+
+def matched_base():
+    """The notebook's narrowest width at which it needs as many FLOPs an image as our network; and both numbers."""
+    ours = flops_forward(scriptc.SimpleUnet(channels, args.size).to(args.device), args.size)
+    candidates = {base: flops_forward(Notebook(base).to(args.device), args.size) for base in range(8, 129, 4)}
+    base = min(candidates, key=lambda base: abs(math.log(candidates[base] / ours)))
+    return base, candidates[base], ours
+
+
+def row(*cells):
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def bench_step():
+    base, notebook_flops, ours = matched_base()
+    row("training step", "batch", "images/s", "GFLOP/s", "of the ceiling", "against the notebook, per FLOP")
+    row(*["---"] * 6)
+    for batch in args.batches:
+        works = {"this network": our_step(batch), "notebook": notebook_step(batch, base)}
+        flops = {name: flops_of(work) for name, work in works.items()}
+        taken, most = seconds(works, args.repeats), ceiling(batch)
+        slow = flops["notebook"] / taken["notebook"]
+        for name in works:
+            rate = flops[name] / taken[name]
+            row(f"{name}, {(ours if name != 'notebook' else notebook_flops) / 1e9:.2f} GFLOPs an image", batch,
+                f"{batch / taken[name]:.1f}", f"{rate / 1e9:.0f}", f"{rate / most:.0%}", f"{rate / slow:.2f}")
+        row("fastest convolution", batch, "", f"{most / 1e9:.0f}", "100%", "")
+
+
+def bench_sampling():
+    device = torch.device(args.device)
+    model = scriptc.SimpleUnet(channels, args.size).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    notebook = Notebook(matched_base()[0]).to(device).eval().requires_grad_(False)
+    x, t = torch.randn(64, 3, args.size, args.size, device=device), torch.zeros(64, dtype=torch.long, device=device)
+    precision, steps = scriptc.choose_precision("auto", device), scriptc.build_parser().get_default("sample_steps")
+    works = {f"this project's sample(), {steps} evaluations": lambda: scriptc.sample(model, 64, steps, precision=precision),
+             "notebook, 300 evaluations": lambda: [notebook(x, t) for _ in range(300 // 30)]}
+    taken = seconds(works, max(2, args.repeats // 3))
+    taken["notebook, 300 evaluations"] *= 30  # a tenth of the tenth is measured, all evaluations cost the same
+    most = ceiling(64)
+    row("sampling, 64 at a time", "images/s", "of the ceiling")
+    row(*["---"] * 3)
+    for name in works:
+        flops = 64 * (steps * flops_forward(model, args.size) if "project" in name else 300 * flops_forward(notebook, args.size))
+        row(name, f"{64 / taken[name]:.2f}", f"{flops / taken[name] / most:.0%}")
+
+
+def bench_measures():
+    batch = args.batches[0]
+    works = {"as it is": our_step(batch), "float32": our_step(batch, precision="fp32"),
+             "standard memory format": our_step(batch, channels_last=False), "in four parts": our_step(batch, parts=4),
+             "AdamW (fused) for Muon": our_step(batch, muon=False)}
+    if args.compile:
+        works["torch.compile"] = our_step(batch, compiled=True)
+    taken = seconds(works, args.repeats)
+    row("switched off or on", "batch", "images/s", "time against as it is")
+    row(*["---"] * 4)
+    for name in works:
+        row(name, batch, f"{batch / taken[name]:.1f}", f"{taken[name] / taken['as it is']:.2f}")
+
+
+def bench_loop():
+    """The real loop, by command, beside the bare step above: they differ by data, metrics and the clock."""
+    batch = 32
+    with tempfile.TemporaryDirectory() as place:
+        fill_folder(pathlib.Path(place, "faces"), 1000, args.size)
+        ratios = []
+        for attempt in range(3):
+            command = [sys.executable, str(ROOT / "scriptc.py"), "--dataroot", f"{place}/faces", "--results", f"{place}/results",
+                       "--checkpoint", f"{place}/{attempt}.pth", "--image-size", str(args.size), "--device", args.device,
+                       "--batch-size", str(batch), "--max-steps", "30", "--epochs", "1", "--sample-steps", "2"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            with open(f"{place}/results/metrics.csv", newline="") as file:
+                real = batch / float([*csv.DictReader(file)][-1]["images_per_second"])
+            bare = seconds({"bare": our_step(batch)}, 15)["bare"]
+            ratios.append(real / bare)
+    row("step in the real loop against the bare step, batch 32", f"{statistics.median(ratios):.3f}",
+        "of three: " + ", ".join(f"{ratio:.3f}" for ratio in ratios))
+
+
+def bench_start():
+    """From the start of a process to the first optimiser step of a run with a warm cache, against importing torch alone."""
+    with tempfile.TemporaryDirectory() as place:
+        fill_folder(pathlib.Path(place, "faces"), 1000, args.size)
+        common = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--device", args.device, "--image-size",
+                  str(args.size), "--batch-size", "2"]
+        code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import scriptc; "
+                "scriptc.Muon.step = lambda *_: os._exit(0); scriptc.main(sys.argv[2:])")
+        started = [sys.executable, "-c", code, str(ROOT), *common]
+        subprocess.run([*started, "--checkpoint", f"{place}/first.pth"], stdout=subprocess.DEVNULL)
+        works = {"import": lambda: subprocess.run([sys.executable, "-c", "import torch, torchvision"]),
+                 "start": lambda: subprocess.run([*started, "--checkpoint", f"{place}/new.pth"], stdout=subprocess.DEVNULL)}
+        taken = seconds(works, args.repeats)
+    allowed = 1.3 * taken["import"] + 1
+    row("process start to first step, two images a step, against 1.3 x `import torch, torchvision` + 1 s",
+        f"{taken['start'] / allowed:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=64, help="image size in px")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--channels", type=int, nargs="+", help="of this project's network (the device's default)")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument("--only", nargs="+", default=["step", "sampling", "measures", "loop", "start"])
+    args = parser.parse_args()
+    channels = args.channels or scriptc.default_channels(torch.device(args.device))
+    print(f"{args.device}, {scriptc.choose_precision('auto', torch.device(args.device))}, {args.size} px, channels {channels}, "
+          f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}\n")
+    for part in args.only:
+        {"step": bench_step, "sampling": bench_sampling, "measures": bench_measures, "loop": bench_loop,
+         "start": bench_start}[part]()
+        print()
