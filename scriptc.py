@@ -354,11 +354,6 @@ def list_files(root):
     return sorted(files)
 
 
-def name_of(file):
-    """The name in an item of list_files."""
-    return file.rsplit(" ", 2)[0]
-
-
 def open_cache(path, size):
     """(index, pixels) of a cache file; ({}, None) where there is none that is whole and of this image size."""
     try:
@@ -385,7 +380,7 @@ def write_cache(path, size, root, files, index, pixels):
     def read(file):
         if file in index:
             return pixels[rows[file]] if file in rows else None, index[file]
-        return decode(os.path.join(root, name_of(file)), size)
+        return decode(os.path.join(root, file.rsplit(" ", 2)[0]), size)
 
     written, interrupt = {}, None
     with replacing(path) as out, zipfile.ZipFile(out, "w") as archive, ThreadPool(os.cpu_count()) as pool, quiet():
@@ -434,9 +429,10 @@ def load_images(root, size, results):
         else:
             raise UserError(f"the image cache can be written neither in {root} nor in {results}: {trouble}")
         index, pixels = open_cache(path, size)
-    names = [name_of(file) for file, reason in index.items() if not reason]
-    skipped = {name_of(file).encode(errors="backslashreplace").decode(): reason for file, reason in index.items()
-               if reason and name_of(file).lower().endswith(SUFFIXES)}
+    reasons = {file.rsplit(" ", 2)[0]: reason for file, reason in index.items()}
+    names = [name for name, reason in reasons.items() if not reason]
+    skipped = {name.encode(errors="backslashreplace").decode(): reason for name, reason in reasons.items()
+               if reason and name.lower().endswith(SUFFIXES)}
     if len(names) < 2:
         raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
                         f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, "
