@@ -214,7 +214,8 @@ def bench_sampling():
     row("sampling, 64 at a time", "images/s", "of the ceiling")
     row(*["---"] * 3)
     for name in works:
-        flops = 64 * (steps * flops_forward(model, args.size) if "project" in name else 300 * flops_forward(notebook, args.size))
+        evaluations, network = (300, notebook) if "notebook" in name else (steps, model)
+        flops = 64 * evaluations * flops_forward(network, args.size)
         row(name, f"{64 / taken[name]:.2f}", f"{flops / taken[name] / most:.0%}")
 
 
@@ -239,10 +240,10 @@ def bench_loop():
         fill_folder(pathlib.Path(place, "faces"), 1000, args.size)
         ratios = []
         for attempt in range(3):
-            command = [sys.executable, str(ROOT / "scriptc.py"), "--dataroot", f"{place}/faces", "--results", f"{place}/results",
-                       "--checkpoint", f"{place}/{attempt}.pth", "--image-size", str(args.size), "--device", args.device,
-                       "--batch-size", str(batch), "--max-steps", "30", "--epochs", "1", "--sample-steps", "2"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            places = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--checkpoint", f"{place}/{attempt}.pth"]
+            flags = ["--image-size", str(args.size), "--device", args.device, "--batch-size", str(batch), "--max-steps", "30",
+                     "--epochs", "1", "--sample-steps", "2"]
+            subprocess.run([sys.executable, str(ROOT / "scriptc.py"), *places, *flags], check=True, stdout=subprocess.DEVNULL)
             with open(f"{place}/results/metrics.csv", newline="") as file:
                 real = batch / float([*csv.DictReader(file)][-1]["images_per_second"])
             bare = seconds({"bare": our_step(batch)}, 15)["bare"]
