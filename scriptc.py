@@ -539,8 +539,10 @@ class SimpleUnet(nn.Module):
 
     Before all this each 2 x 2 pixels become one place of 12 channels, and at the end the other way (pixel unshuffle and
     shuffle, Shi et al. 2016, arXiv:1609.05158): nothing is lost, and wide convolutions on few places are what hardware is
-    fast at. `image_size` (px, divisible by 2 ** len(channels)) and `timesteps` are what it is trained for: sample() and
-    load_model() read them.
+    fast at. The output F of these layers becomes noise as sqrt(1 - a_t) x_t + sqrt(a_t) F, with a_t from
+    alphas_cumprod: at the noisy end x_t itself is the best guess of the noise, and no layer has to copy it there (F is the
+    v of Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px, divisible by 2 ** len(channels)) and `timesteps` are what
+    it is trained for: sample() and load_model() read them.
     """
 
     fold = 2
@@ -561,10 +563,12 @@ class SimpleUnet(nn.Module):
         self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
                                   nn.Conv2d(channels[0], 3 * self.fold**2, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
+        alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def forward(self, x, t):
         """x (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S, S)."""
-        time, skips = self.time(t), []
+        x_t, time, skips = x, self.time(t), []
         x = self.first(F.pixel_unshuffle(x, self.fold).contiguous(memory_format=torch.channels_last))
         for level, block in enumerate(self.down):
             x = block(x, time)
@@ -577,7 +581,8 @@ class SimpleUnet(nn.Module):
             x = self.up[level](torch.cat((x, skips[level]), dim=1), time)
             if level > 0:
                 x = F.interpolate(self.grow[level - 1](x), scale_factor=2)
-        return F.pixel_shuffle(self.last(x), self.fold)
+        a_t = self.alphas_cumprod[t][:, None, None, None]
+        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * F.pixel_shuffle(self.last(x), self.fold)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling ----
@@ -1135,6 +1140,7 @@ def train(args, saved, precision):
     with first_process_first():
         names, pixels, skipped, cache = load_images(args.dataroot, args.image_size, args.results)
     train_rows, held_out_rows = split(names)
+    del names  # of a million images they would take more memory than all else
     faces, count = Faces(pixels, device), len(train_rows)
 
     torch.manual_seed(args.seed)
@@ -1152,7 +1158,7 @@ def train(args, saved, precision):
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
     losses, bad_steps = torch.tensor(run["losses"], device=device), torch.zeros((), device=device)
-    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(args.timesteps), 0).float().to(device)
+    alphas_cumprod = model.alphas_cumprod
 
     clock, saver = Clock(run["seconds"]), Saver(args.checkpoint, 60 * args.save_minutes)
     batches_left = math.ceil(max(count - run["images_in_epoch"], 0) / args.batch_size)
@@ -1218,7 +1224,8 @@ def train(args, saved, precision):
         noise = torch.randn(batch, size, size, 3, generator=stream, device=device).permute(0, 3, 1, 2)
 
         begin, end = batch * RANK // PROCESSES, batch * (RANK + 1) // PROCESSES
-        parts = [slice(at, min(at + at_a_time, end)) for at in range(begin, end, at_a_time)] or [slice(0, 0)]
+        parts = [slice(at, min(at + at_a_time, end)) for at in range(begin, end, at_a_time)]
+        parts = parts or [slice(0, 1)]  # more processes than images: one that counts nothing, since all must take part
         error = torch.zeros((), device=device)
         for part in parts:
             if stop and PROCESSES == 1:
@@ -1227,7 +1234,7 @@ def train(args, saved, precision):
             with network.no_sync() if PROCESSES > 1 and part != parts[-1] else contextlib.nullcontext():
                 with autocast(device, precision):
                     predicted = network(x_t, t[part])
-                loss = (predicted.float() - target).abs().sum() / noise.numel()
+                loss = (predicted.float() - target).abs().sum() * (end > begin) / noise.numel()
                 scaler.scale(loss * PROCESSES).backward()  # processes' gradients are averaged, their errors add up
             error += loss.detach()
         if PROCESSES > 1:
@@ -1245,7 +1252,7 @@ def train(args, saved, precision):
     if PROCESSES > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     run["history"] = [row for row in run["history"] if row[0] <= run["epoch"]]  # an epoch cut short comes again, whole
-    about = describe(args, precision, model, len(names), skipped, len(held_out_rows), cache, at_a_time)
+    about = describe(args, precision, model, len(pixels), skipped, len(held_out_rows), cache, at_a_time)
     if first_process:
         for label, text in about:
             say(f"{label:10}{text}")
@@ -1374,7 +1381,7 @@ def describe(args, precision, model, count, skipped, held_out, cache, at_a_time)
         about += [("few", f"fewer images than the {args.batch_size} of a batch: the network will recite them, get more")]
     flops = FlopCounterMode(display=False)
     with flops, torch.device("meta"):
-        build_network(vars(args))(torch.empty(1, 3, args.image_size, args.image_size), torch.empty(1))
+        build_network(vars(args))(torch.empty(1, 3, args.image_size, args.image_size), torch.empty(1, dtype=torch.long))
     limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
     parts = f", {at_a_time} at a time" if at_a_time * PROCESSES < args.batch_size else ""
     return about + [

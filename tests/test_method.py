@@ -101,7 +101,7 @@ def test_the_predicted_noise_has_the_shape_of_the_image(size, channels):
 
 def test_every_skip_connection_is_used():
     model = random_network()
-    x, t = torch.randn(1, 3, 32, 32), torch.tensor([500])
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([10])  # where little noise is, and little of x is passed to the output
     whole = model(x, t)
     for block in model.up:
 
@@ -126,6 +126,11 @@ def test_the_whole_image_is_seen_from_the_middle():
     x = torch.randn(1, 3, 64, 64, requires_grad=True)
     random_network((8, 8, 8, 8), 64)(x, torch.tensor([500]))[0, :, 32, 32].sum().backward()
     assert x.grad[0, :, 0, 0].abs().max() > 0 and x.grad[0, :, 63, 63].abs().max() > 0
+
+
+def test_at_the_noisy_end_the_input_itself_is_the_first_guess_of_the_noise():
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.allclose(scriptc.SimpleUnet((8, 16), 32)(x, torch.full((4,), 999)), x, atol=0.01)
 
 
 # Sampling
