@@ -156,11 +156,12 @@ def read_settings(argv):
     if args.demo and not saved and "image_size" not in given:
         args.image_size = DEMO["size"]
     args.device = choose_device(args.device)
-    args.channels = args.channels or default_channels(args.device)
+    args.channels = args.channels or default_channels(args.device, args.image_size)
     args.config = {name: vars(args)[name] for name in STORED}
-    if args.image_size % 2 ** len(args.channels):
-        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels)} times, once for each of "
-                        f"--channels {shown(args.channels)}: give fewer channels or another size")
+    halved = len(args.channels) - (args.image_size <= 32)
+    if args.image_size % 2**halved:
+        raise UserError(f"--image-size {args.image_size} cannot be halved {halved} times, as --channels "
+                        f"{shown(args.channels)} would need: give fewer channels or another size")
 
     args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
     args.dataroot = args.results / "faces" if args.demo else pathlib.Path(args.dataroot or HERE / "fake_face")
@@ -516,10 +517,9 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, c_time):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, c_in)
+        self.norm = nn.GroupNorm(8, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(c_time, 2 * c_out)
-        self.norm2 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # each block begins as the identity: deep networks then train from step one
         nn.init.zeros_(self.conv2.bias)
@@ -527,8 +527,8 @@ class Block(nn.Module):
 
     def forward(self, x, time):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.conv1(F.silu(self.norm(x)))
+        h = self.conv2(F.silu(h * (1 + scale) + shift))
         return self.match(x) + h
 
 
@@ -537,19 +537,17 @@ class SimpleUnet(nn.Module):
     bottleneck; an expanding path doubles it again, at each resolution handed the contracting path's features (skip
     connections, Ronneberger et al. 2015) and, in every block, the time.
 
-    Before all this each 2 x 2 pixels become one place of 12 channels, and at the end the other way (pixel unshuffle and
-    shuffle, Shi et al. 2016, arXiv:1609.05158): nothing is lost, and wide convolutions on few places are what hardware is
-    fast at. The output F of these layers becomes noise as sqrt(1 - a_t) x_t + sqrt(a_t) F, with a_t from
+    From 48 px up each 2 x 2 pixels first become one place of 12 channels, and at the end the other way (pixel unshuffle
+    and shuffle, Shi et al. 2016, arXiv:1609.05158): nothing is lost, and wide convolutions on few places are what hardware
+    is fast at. The output F of these layers becomes noise as sqrt(1 - a_t) x_t + sqrt(a_t) F, with a_t from
     alphas_cumprod: at the noisy end x_t itself is the best guess of the noise, and no layer has to copy it there (F is the
-    v of Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px, divisible by 2 ** len(channels)) and `timesteps` are what
-    it is trained for: sample() and load_model() read them.
+    v of Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px, divisible by 2 as often as it is halved) and `timesteps`
+    are what it is trained for: sample() and load_model() read them.
     """
-
-    fold = 2
 
     def __init__(self, channels=(64, 128, 256), image_size=64, timesteps=1000):
         super().__init__()
-        self.image_size, self.timesteps = image_size, timesteps
+        self.image_size, self.timesteps, self.fold = image_size, timesteps, 2 if image_size > 32 else 1
         c_time = 4 * channels[0]
         self.time = nn.Sequential(SinusoidalPositionEmbeddings(channels[0]), nn.Linear(channels[0], c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
@@ -898,9 +896,10 @@ def choose_device(name):
     return device
 
 
-def default_channels(device):
+def default_channels(device, image_size):
     """The width of the network at each resolution: on a CPU such that faces come within minutes, on a card within hours."""
-    return [128, 256, 512] if device.type == "cuda" else [64, 128, 256]
+    base = 2 if device.type == "cuda" else 1
+    return [base * width for width in ((32, 64, 128, 256) if image_size <= 32 else (64, 128, 256))]
 
 
 def choose_precision(name, device):

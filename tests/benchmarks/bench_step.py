@@ -280,7 +280,7 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--only", nargs="+", default=["step", "sampling", "measures", "loop", "start"])
     args = parser.parse_args()
-    channels = args.channels or scriptc.default_channels(torch.device(args.device))
+    channels = args.channels or scriptc.default_channels(torch.device(args.device), args.size)
     print(f"{args.device}, {scriptc.choose_precision('auto', torch.device(args.device))}, {args.size} px, channels {channels}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}\n")
     for part in args.only:
