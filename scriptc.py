@@ -972,16 +972,16 @@ def learning_rate(highest, part):
 
 
 @torch.no_grad()
-def held_out_loss(model, faces, rows, alphas_cumprod, batch_size, precision):
+def held_out_loss(model, faces, rows, at_a_time, precision):
     """Mean L1 error on held-out images, with noise and (evenly spread) timesteps that are the same every time."""
     rows = rows[:HELD_OUT_MOST]
     stream = generator("held-out", device=faces.device)
-    timesteps = ((torch.arange(len(rows)) + 0.5) / len(rows) * len(alphas_cumprod)).long().to(faces.device)
+    timesteps = ((torch.arange(len(rows)) + 0.5) / len(rows) * model.timesteps).long().to(faces.device)
     total = 0.0
-    for part, t in zip(rows.split(batch_size), timesteps.split(batch_size), strict=True):
+    for part, t in zip(rows.split(at_a_time), timesteps.split(at_a_time), strict=True):
         x_0 = faces.batch(part)
-        noise = torch.randn(x_0.shape, generator=stream, device=faces.device)
-        x_t, _ = forward_diffusion(x_0, t, alphas_cumprod, noise)
+        noise = torch.stack([torch.randn(image.shape, generator=stream, device=faces.device) for image in x_0])
+        x_t, _ = forward_diffusion(x_0, t, model.alphas_cumprod, noise)
         with autocast(faces.device, precision):
             predicted = model(x_t, t)
         total += F.l1_loss(predicted.float(), noise).item() * len(part)
@@ -1157,7 +1157,6 @@ def train(args, saved, precision):
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
     losses, bad_steps = torch.tensor(run["losses"], device=device), torch.zeros((), device=device)
-    alphas_cumprod = model.alphas_cumprod
 
     clock, saver = Clock(run["seconds"]), Saver(args.checkpoint, 60 * args.save_minutes)
     batches_left = math.ceil(max(count - run["images_in_epoch"], 0) / args.batch_size)
@@ -1174,18 +1173,20 @@ def train(args, saved, precision):
 
     def evaluate():
         with clock.timed("held-out"):
-            return held_out_loss(ema, faces, held_out_rows, alphas_cumprod, args.batch_size, precision)
+            return held_out_loss(ema, faces, held_out_rows, at_a_time, precision)
 
     def draw(stop):
         stages = []
 
         def on_step(step, x):
-            stages.append(x[:8].cpu())
+            if len(stages) < args.sample_steps:  # of the first images
+                stages.append(x[:8].cpu())
             return stop
 
         epoch, step = run["history"][-1][:2]
         with clock.timed("grid"):
-            images = sample(ema, 64, args.sample_steps, seed=args.seed, precision=precision, on_step=on_step)
+            images = torch.cat([sample(ema, min(at_a_time, 64 - first), args.sample_steps, seed=args.seed, first=first,
+                                       precision=precision, on_step=on_step) for first in range(0, 64, at_a_time)])
             if not stop:
                 save_grid(images, args.results / f"epoch_{epoch}_step_{step}.png")
                 save_denoising(stages, args.results / "denoising.png")
@@ -1229,7 +1230,8 @@ def train(args, saved, precision):
         for part in parts:
             if stop and PROCESSES == 1:
                 return None
-            x_t, target = forward_diffusion(faces.batch(rows[part], flip[part]), t[part], alphas_cumprod, noise[part])
+            x_t, target = forward_diffusion(faces.batch(rows[part], flip[part]), t[part], model.alphas_cumprod,
+                                            noise[part])
             with network.no_sync() if PROCESSES > 1 and part != parts[-1] else contextlib.nullcontext():
                 with autocast(device, precision):
                     predicted = network(x_t, t[part])
@@ -1474,6 +1476,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("scriptc.py: stopped", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"scriptc.py: {error}: see whether the disk is full or gone, then the same command goes on", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if PROCESSES == 1:
             raise
