@@ -266,6 +266,12 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_log_says_once_when_the_network_begins_to_recite():
+    errors = [0.30, 0.20, 0.10, 0.11, 0.11, 0.11, 0.12]
+    history = [[epoch, 0, 0, 0.1, error] for epoch, error in enumerate(errors, 1)]
+    assert [end for end in range(1, 8) if scriptc.begins_to_recite(history[:end])] == [6]
+
+
 def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monkeypatch, capsys):
     real_batch = scriptc.Faces.batch
     assert scriptc.main(command(folder, *SMALL, "--max-steps", 4)[2:]) == 0
@@ -315,6 +321,13 @@ def test_two_processes_learn_what_one_does(folder):
     for one, other in zip(table(alone), table(both)):
         assert float(one["train_loss"]) == pytest.approx(float(other["train_loss"]), abs=1e-4)
         assert float(one["heldout_loss"]) == pytest.approx(float(other["heldout_loss"]), abs=1e-4)
+
+    flags = ["--sample", "70", "--sample-steps", "2", "--results", both / "results", "--checkpoint", both / "checkpoint.pth"]
+    done = subprocess.run(TWO_PROCESSES + command(folder, *flags)[1:], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    drawn = [np.asarray(Image.open(path)).astype(int) for path in sorted((both / "results" / "samples").iterdir())]
+    alone = scriptc.sample(scriptc.load_model(both / "checkpoint.pth"), 1, 2, first=69)
+    assert len(drawn) == 70 and np.abs(drawn[69] - np.asarray(scriptc.to_image(alone[0]))).max() <= 1
 
 
 def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
