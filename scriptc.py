@@ -1342,13 +1342,14 @@ def train(args, saved, precision):
                 saver.epoch_over()
             if first_process and not stopped and (at_end or clock.allows("grid", DRAWING_SHARE)):
                 draw(stop)
+                stopped = stopped or at_end and bool(stop)  # a last grid that was cut short is drawn at the next start
             if first_process and not (at_end or stopped):
                 show()
                 saver.save_if_due(state)
                 if clock.allows("animation", ANIMATION_SHARE):
                     animate()
             if first_process and (at_end or stopped):
-                run["finished"] = bool(at_end and not stopped)
+                run["finished"] = not stopped
                 saver.save_last(state(), tries=1 if stopped else 3)
                 show("finished" if run["finished"] else "stopped")
             if stopped:

@@ -122,7 +122,8 @@ def test_the_loss_falls_on_a_tiny_set(folder):
     assert run(folder, *SMALL, "--epochs", 60, "--lr", 0.005, "--precision", "fp32").returncode == 0
     rows = table(folder)
     assert float(rows[-1]["train_loss"]) < 0.6 * float(rows[0]["train_loss"])
-    assert float(rows[-1]["heldout_loss"]) < 0.6 * float(rows[0]["heldout_loss"])
+    first, last = float(rows[0]["heldout_loss"]), float(rows[-1]["heldout_loss"])
+    assert last < 0.8 * first and last < 0.12  # guessing zero would give 0.8, the untrained network about 0.2
 
 
 def test_every_image_is_seen_once_an_epoch_and_the_held_out_never(folder, monkeypatch):

@@ -240,6 +240,7 @@ def kills(args, folder):
             if seconds > 60 * args.save_minutes + seconds / max(steps, 1):  # it can only be saved after a step
                 wrong.append(f"run {number}: {seconds:.2f} s of training lost, {60 * args.save_minutes:.2f} s allowed")
         shutil.rmtree(own)
+        print(f"run {number}: {len(losses)} kills, {'; '.join(wrong) or 'bit-identical'}", file=sys.stderr, flush=True)
         return losses, wrong
 
     with ThreadPool(args.jobs) as pool:
