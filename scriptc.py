@@ -684,7 +684,7 @@ def save_animation(grids_drawn, folder, frames=60, side=1100):
     pictures = []
     for number in range(count):
         with Image.open(folder / grids_drawn[number * (len(grids_drawn) - 1) // max(count - 1, 1)][2]) as picture:
-            whole = max(1, 500 // picture.width)  # small pictures are shown larger, in whole pixels
+            whole = max(1, round(540 / picture.width))  # small pictures are shown larger, each pixel as a square
             pictures.append(picture.convert("RGB").resize((whole * picture.width, whole * picture.height), 0))
             pictures[-1].thumbnail((side, side))
     with replacing(folder / "progress.webp") as file:
