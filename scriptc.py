@@ -1443,7 +1443,8 @@ def draw_samples(args, saved, precision):
             beside = "; nearest.png has the first of them, each beside the training image that is closest to it"
         except UserError:
             beside = f"; no nearest.png, since {args.dataroot} has no training images to compare with"
-        write_page(args.results)
+        if (args.results / "run.js").exists():  # a page that is open shows the new pictures
+            write_page(args.results)
         say(f"{args.sample} images in {folder}, the first {min(64, args.sample)} in the grid {args.results / 'samples.png'}"
             f"{beside}")
     with first_process_first():  # none ends before all have drawn
