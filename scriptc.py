@@ -913,11 +913,16 @@ def choose_precision(name, device):
     return "bf16" if fast else "fp32"
 
 
+# a, b, c of each iteration S <- a S + b S^3 + c S^5 are those that bring singular values of 0.01 to 1 closest to 1 in three,
+# found as in Amsel et al. 2025 (arXiv:2505.16932, section 3): they end between 0.73 and 1.27.
+NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolutions, Adam for all other weights.
 
     A convolution's weight is the matrix W (outputs, inputs x 3 x 3). Its momentum M = U S V' is replaced by about U V', by
-    five Newton-Schulz iterations in `dtype`, so that a step is as long in the rare directions as in the common ones: it
+    three Newton-Schulz iterations in `dtype`, so that a step is as long in the rare directions as in the common ones: it
     gets as far in one step as Adam in several. With the factor 0.2 sqrt(longer side) (Liu et al. 2025, arXiv:2502.16982)
     its entries are as large as Adam's, and one learning rate serves both.
     """
@@ -946,9 +951,9 @@ class Muon(torch.optim.Optimizer):
             tall = x.shape[0] > x.shape[1]
             x = x.T if tall else x
             x = x / (x.norm() + 1e-7)
-            for _ in range(5):
+            for a, b, c in NEWTON_SCHULZ:
                 gram = x @ x.T
-                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
             x = (x.T if tall else x).float().view_as(weight)
             weight.add_(x * keep, alpha=-0.2 * math.sqrt(max(weight.shape[0], weight[0].numel())) * matrices["lr"])
 
@@ -971,21 +976,55 @@ def learning_rate(highest, part):
     return highest * min(1, (part + 1e-3) / WARM_UP) * (1 + math.cos(math.pi * min(part, 1))) / 2
 
 
-@torch.no_grad()
-def held_out_loss(model, faces, rows, at_a_time, precision):
+class Cores:
+    """The cores of a CPU, each to take its share of the images: that is faster than to have all of them share every
+    operation, after which they wait for each other (1.2 times on two). A card, or one of several processes, counts as one.
+    """
+
+    def __init__(self, device, images):
+        threads = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
+        self.count = max(1, min(threads, images // 16))
+        self.threads = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=[threads // self.count])
+
+    def map(self, function, parts):
+        """The results of function(part), in order."""
+        return (self.threads.map if self.count > 1 else map)(function, parts)
+
+
+def slices(begin, end, at_a_time, at_least=1):
+    """Even slices of begin to end of at most `at_a_time`, and `at_least` so many of them if there is enough."""
+    count = max(math.ceil((end - begin) / at_a_time), min(at_least, end - begin))
+    bounds = [begin + (end - begin) * number // count for number in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def held_out_loss(model, faces, rows, cores, at_a_time, precision):
     """Mean L1 error on held-out images, with noise and (evenly spread) timesteps that are the same every time."""
-    rows = rows[:HELD_OUT_MOST]
-    stream = generator("held-out", device=faces.device)
-    timesteps = ((torch.arange(len(rows)) + 0.5) / len(rows) * model.timesteps).long().to(faces.device)
-    total = 0.0
-    for part, t in zip(rows.split(at_a_time), timesteps.split(at_a_time), strict=True):
-        x_0 = faces.batch(part)
-        noise = torch.stack([torch.randn(image.shape, generator=stream, device=faces.device) for image in x_0])
+    rows, device = rows[:HELD_OUT_MOST], faces.device
+    timesteps = ((torch.arange(len(rows)) + 0.5) / len(rows) * model.timesteps).long().to(device)
+
+    @torch.no_grad()
+    def error(part):
+        x_0, t = faces.batch(rows[part]), timesteps[part]
+        noise = torch.stack([torch.randn(image.shape, generator=generator("held-out", number, device=device), device=device)
+                             for number, image in enumerate(x_0, part.start)])
         x_t, _ = forward_diffusion(x_0, t, model.alphas_cumprod, noise)
-        with autocast(faces.device, precision):
+        with autocast(device, precision):
             predicted = model(x_t, t)
-        total += F.l1_loss(predicted.float(), noise).item() * len(part)
-    return total / len(rows)
+        return F.l1_loss(predicted.float(), noise, reduction="sum").item() / noise[0].numel()
+
+    return sum(cores.map(error, slices(0, len(rows), at_a_time, cores.count))) / len(rows)
+
+
+def draw_images(model, cores, first, count, at_a_time, steps, seed, precision, on_step=None):
+    """sample(), of which every core draws a share; `on_step` is called for the images from `first` on only."""
+
+
+    def draw(part):
+        return sample(model, part.stop - part.start, steps, seed=seed, first=part.start, precision=precision,
+                      on_step=on_step if part.start == first else None)
+
+    return torch.cat([*cores.map(draw, slices(first, first + count, at_a_time, cores.count))])
 
 
 @contextlib.contextmanager
@@ -1086,7 +1125,7 @@ class Clock:
         return self.spent[what] + self.cost[what] <= share * (time.time() - self.begun)
 
 
-def images_at_a_time(model, args, precision):
+def images_at_a_time(model, args, precision, cores):
     """How many images of a step go through the network at once: as many as there is memory for, found by trying.
 
     A step adds up the gradients of as many such parts as it takes, so this changes nothing that is learnt. On the CPU it
@@ -1094,7 +1133,7 @@ def images_at_a_time(model, args, precision):
     """
     size, part = args.image_size, math.ceil(args.batch_size / PROCESSES)
     if args.device.type == "cpu":
-        return min(part, max(1, CPU_PIXELS // size**2))
+        return max(1, min(part, CPU_PIXELS // size**2) // cores.count)
     spare = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]  # what a whole step needs beside
     while True:
         try:
@@ -1173,20 +1212,18 @@ def train(args, saved, precision):
 
     def evaluate():
         with clock.timed("held-out"):
-            return held_out_loss(ema, faces, held_out_rows, at_a_time, precision)
+            return held_out_loss(ema, faces, held_out_rows, cores, at_a_time, precision)
 
     def draw(stop):
         stages = []
 
         def on_step(step, x):
-            if len(stages) < args.sample_steps:  # of the first images
-                stages.append(x[:8].cpu())
+            stages.append(x[:8].cpu())
             return stop
 
         epoch, step = run["history"][-1][:2]
         with clock.timed("grid"):
-            images = torch.cat([sample(ema, min(at_a_time, 64 - first), args.sample_steps, seed=args.seed, first=first,
-                                       precision=precision, on_step=on_step) for first in range(0, 64, at_a_time)])
+            images = draw_images(ema, cores, 0, 64, at_a_time, args.sample_steps, args.seed, precision, on_step)
             if not stop:
                 save_grid(images, args.results / f"epoch_{epoch}_step_{step}.png")
                 save_denoising(stages, args.results / "denoising.png")
@@ -1224,22 +1261,38 @@ def train(args, saved, precision):
         noise = torch.randn(batch, size, size, 3, generator=stream, device=device).permute(0, 3, 1, 2)
 
         begin, end = batch * RANK // PROCESSES, batch * (RANK + 1) // PROCESSES
-        parts = [slice(at, min(at + at_a_time, end)) for at in range(begin, end, at_a_time)]
-        parts = parts or [slice(0, 1)]  # more processes than images: one that counts nothing, since all must take part
-        error = torch.zeros((), device=device)
-        for part in parts:
-            if stop and PROCESSES == 1:
-                return None
+
+        def loss_of(part):
             x_t, target = forward_diffusion(faces.batch(rows[part], flip[part]), t[part], model.alphas_cumprod,
                                             noise[part])
-            with network.no_sync() if PROCESSES > 1 and part != parts[-1] else contextlib.nullcontext():
-                with autocast(device, precision):
-                    predicted = network(x_t, t[part])
-                loss = (predicted.float() - target).abs().sum() * (end > begin) / noise.numel()
-                scaler.scale(loss * PROCESSES).backward()  # processes' gradients are averaged, their errors add up
-            error += loss.detach()
+            with autocast(device, precision):
+                predicted = network(x_t, t[part])
+            return (predicted.float() - target).abs().sum() / noise.numel()
+
+        def gradients_of(part):
+            if stop:
+                return None, None
+            loss = loss_of(part)
+            return loss.detach(), torch.autograd.grad(scaler.scale(loss), weights)
+
+        error = torch.zeros((), device=device)
         if PROCESSES > 1:
+            parts = slices(begin, end, at_a_time) or [slice(0, 1)]  # that one counts nothing, but all must take part
+            for part in parts:
+                with network.no_sync() if part != parts[-1] else contextlib.nullcontext():
+                    loss = loss_of(part) * (end > begin)
+                    scaler.scale(loss * PROCESSES).backward()  # processes' gradients are averaged, their errors add up
+                error += loss.detach()
             dist.all_reduce(error)
+            return error
+        sums = None
+        for loss, found in cores.map(gradients_of, slices(0, batch, at_a_time, cores.count)):
+            if loss is None:
+                return None
+            error += loss
+            sums = torch._foreach_add(sums, found) if sums else found  # in order, so that a run repeats to the bit
+        for weight, gradient in zip(weights, sums, strict=True):
+            weight.grad = gradient
         return error
 
     if saved and saved["finished"] and (
@@ -1248,12 +1301,13 @@ def train(args, saved, precision):
             "--minutes or --max-steps goes on with it, --sample 64 draws faces, --checkpoint NEW.pth begins anew.")
         return 0
     run["finished"] = False
-    at_a_time = images_at_a_time(model, args, precision)
+    cores = Cores(device, args.batch_size)
+    at_a_time = images_at_a_time(model, args, precision, cores)
     network = compiled(model, args, precision) if args.compile else model
     if PROCESSES > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     run["history"] = [row for row in run["history"] if row[0] <= run["epoch"]]  # an epoch cut short comes again, whole
-    about = describe(args, precision, model, len(pixels), skipped, len(held_out_rows), cache, at_a_time)
+    about = describe(args, precision, model, len(pixels), skipped, len(held_out_rows), cache, at_a_time * cores.count)
     if first_process:
         for label, text in about:
             say(f"{label:10}{text}")
@@ -1421,6 +1475,7 @@ def draw_samples(args, saved, precision):
     Several processes share the images between them.
     """
     model, folder = averaged_network(saved, args.checkpoint, args.device), args.results / "samples"
+    cores = Cores(args.device, 64)
     with first_process_first():
         if RANK == 0:
             folder.mkdir(exist_ok=True)
@@ -1428,8 +1483,8 @@ def draw_samples(args, saved, precision):
                 old.unlink()
     with tqdm(total=args.sample, unit="img", desc="drawing", disable=None if RANK == 0 else True) as bar:
         for first in range(64 * RANK, args.sample, 64 * PROCESSES):
-            images = sample(model, min(64, args.sample - first), args.sample_steps, seed=args.seed, first=first,
-                            precision=precision)
+            images = draw_images(model, cores, first, min(64, args.sample - first), 64, args.sample_steps, args.seed,
+                                 precision)
             for number, image in enumerate(images, first + 1):
                 to_image(image).save(folder / f"sample_{number:05d}.png")
             if not first:
