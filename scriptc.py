@@ -114,7 +114,7 @@ def build_parser():
     add("--minutes", metavar="M", type=positive_number(1e6), help="wall-clock budget of the whole run, start-up included")
     add("--max-steps", metavar="N", type=whole_number(1), help="stop after N optimiser steps in all")
     add("--save-minutes", metavar="M", type=positive_number(1e6), default=10, help="longest time between checkpoints (10)")
-    add("--lr", metavar="X", type=positive_number(1), default=5e-3, help="highest learning rate (0.005)")
+    add("--lr", metavar="X", type=positive_number(1), default=8e-3, help="highest learning rate (0.008)")
     add("--timesteps", metavar="T", type=whole_number(10, 10_000), default=1000, help="of the diffusion (1000)")
     add("--seed", metavar="S", type=whole_number(0), default=0, help="fixes weights, order, noise and samples (0)")
     add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
@@ -158,7 +158,7 @@ def read_settings(argv):
     args.device = choose_device(args.device)
     args.channels = args.channels or default_channels(args.device, args.image_size)
     args.config = {name: vars(args)[name] for name in STORED}
-    halved = len(args.channels) - (args.image_size <= 32)
+    halved = len(args.channels) - 1
     if args.image_size % 2**halved:
         raise UserError(f"--image-size {args.image_size} cannot be halved {halved} times, as --channels "
                         f"{shown(args.channels)} would need: give fewer channels or another size")
@@ -537,29 +537,26 @@ class SimpleUnet(nn.Module):
     bottleneck; an expanding path doubles it again, at each resolution handed the contracting path's features (skip
     connections, Ronneberger et al. 2015) and, in every block, the time.
 
-    From 48 px up each 2 x 2 pixels first become one place of 12 channels, and at the end the other way (pixel unshuffle
-    and shuffle, Shi et al. 2016, arXiv:1609.05158): nothing is lost, and wide convolutions on few places are what hardware
-    is fast at. The output F of these layers becomes noise as sqrt(1 - a_t) x_t + sqrt(a_t) F, with a_t from
-    alphas_cumprod: at the noisy end x_t itself is the best guess of the noise, and no layer has to copy it there (F is the
-    v of Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px, divisible by 2 as often as it is halved) and `timesteps`
-    are what it is trained for: sample() and load_model() read them.
+    The output F of these layers becomes noise as sqrt(1 - a_t) x_t + sqrt(a_t) F, with a_t from alphas_cumprod: at the
+    noisy end x_t itself is the best guess of the noise, and no layer has to copy it there (F is the v of Salimans & Ho
+    2022, arXiv:2202.00512). `image_size` (px, divisible by 2 as often as it is halved) and `timesteps` are what it is
+    trained for: sample() and load_model() read them.
     """
 
-    def __init__(self, channels=(64, 128, 256), image_size=64, timesteps=1000):
+    def __init__(self, channels=(16, 64, 128, 256), image_size=64, timesteps=1000):
         super().__init__()
-        self.image_size, self.timesteps, self.fold = image_size, timesteps, 2 if image_size > 32 else 1
+        self.image_size, self.timesteps = image_size, timesteps
         c_time = 4 * channels[0]
         self.time = nn.Sequential(SinusoidalPositionEmbeddings(channels[0]), nn.Linear(channels[0], c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
-        self.first = nn.Conv2d(3 * self.fold**2, channels[0], 3, padding=1)
+        self.first = nn.Conv2d(3, channels[0], 3, padding=1)
         narrow, wide = channels[:-1], channels[1:]
         self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(narrow, wide))
         self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(2))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(narrow, wide))
-        self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
-                                  nn.Conv2d(channels[0], 3 * self.fold**2, 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
         alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
@@ -567,7 +564,7 @@ class SimpleUnet(nn.Module):
     def forward(self, x, t):
         """x (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S, S)."""
         x_t, time, skips = x, self.time(t), []
-        x = self.first(F.pixel_unshuffle(x, self.fold).contiguous(memory_format=torch.channels_last))
+        x = self.first(x.contiguous(memory_format=torch.channels_last))
         for level, block in enumerate(self.down):
             x = block(x, time)
             skips.append(x)
@@ -580,7 +577,7 @@ class SimpleUnet(nn.Module):
             if level > 0:
                 x = F.interpolate(self.grow[level - 1](x), scale_factor=2)
         a_t = self.alphas_cumprod[t][:, None, None, None]
-        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * F.pixel_shuffle(self.last(x), self.fold)
+        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * self.last(x)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling ----
@@ -899,7 +896,7 @@ def choose_device(name):
 def default_channels(device, image_size):
     """The width of the network at each resolution: on a CPU such that faces come within minutes, on a card within hours."""
     base = 2 if device.type == "cuda" else 1
-    return [base * width for width in ((32, 64, 128, 256) if image_size <= 32 else (64, 128, 256))]
+    return [base * width for width in (32 if image_size <= 32 else 16, 64, 128, 256)]
 
 
 def choose_precision(name, device):
@@ -946,8 +943,8 @@ class Muon(torch.optim.Optimizer):
         for weight in matrices["params"]:
             gradient = torch.where(finite, weight.grad, 0)
             momentum = self.state[weight]["momentum"]
-            momentum.mul_(1 - 0.05 * keep).add_(gradient, alpha=0.05)
-            x = gradient.lerp(momentum, 0.95).flatten(1).to(self.dtype)
+            momentum.mul_(1 - 0.1 * keep).add_(gradient, alpha=0.1)
+            x = gradient.lerp(momentum, 0.9).flatten(1).to(self.dtype)
             tall = x.shape[0] > x.shape[1]
             x = x.T if tall else x
             x = x / (x.norm() + 1e-7)
@@ -1125,7 +1122,7 @@ class Clock:
         return self.spent[what] + self.cost[what] <= share * (time.time() - self.begun)
 
 
-def images_at_a_time(model, args, precision, cores):
+def images_at_a_time(model, args, precision):
     """How many images of a step go through the network at once: as many as there is memory for, found by trying.
 
     A step adds up the gradients of as many such parts as it takes, so this changes nothing that is learnt. On the CPU it
@@ -1133,7 +1130,7 @@ def images_at_a_time(model, args, precision, cores):
     """
     size, part = args.image_size, math.ceil(args.batch_size / PROCESSES)
     if args.device.type == "cpu":
-        return max(1, min(part, CPU_PIXELS // size**2) // cores.count)
+        return max(1, min(part, CPU_PIXELS // size**2))
     spare = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]  # what a whole step needs beside
     while True:
         try:
@@ -1302,7 +1299,7 @@ def train(args, saved, precision):
         return 0
     run["finished"] = False
     cores = Cores(device, args.batch_size)
-    at_a_time = images_at_a_time(model, args, precision, cores)
+    at_a_time = math.ceil(images_at_a_time(model, args, precision) / cores.count)
     network = compiled(model, args, precision) if args.compile else model
     if PROCESSES > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
