@@ -781,12 +781,12 @@ def save_checkpoint(path, state):
     """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before.
 
     It is flushed to disk and read back before it takes the place of the old one. OSError or RuntimeError where that
-    fails, FloatingPointError where a weight is not finite: what stands at `path` then stays.
+    fails, UserError where a weight is not finite: what stands at `path` then stays.
     """
     state = {name: value for name, value in state.items() if name != "checksum"}
     for part in ("model", "ema"):
         if not all(weight.isfinite().all() for weight in state[part].values()):
-            raise FloatingPointError(f"{part} holds numbers that are not finite")
+            raise UserError(f"the weights have grown beyond all numbers: {path} is sound, go on from it with a lower --lr")
     with replacing(path) as file:
         torch.save({**state, "checksum": checksum(state)}, file)
         file.flush()
@@ -1014,8 +1014,7 @@ def held_out_loss(model, faces, rows, cores, at_a_time, precision):
 
 
 def draw_images(model, cores, first, count, at_a_time, steps, seed, precision, on_step=None):
-    """sample(), of which every core draws a share; `on_step` is called for the images from `first` on only."""
-
+    """sample(), of which every core draws a share; `on_step` is called for the first share of them only."""
 
     def draw(part):
         return sample(model, part.stop - part.start, steps, seed=seed, first=part.start, precision=precision,
@@ -1062,9 +1061,8 @@ class Saver:
         """Begin to write what the function `state` returns, when it is time to."""
         if self.writing and self.writing.done():
             error, self.writing = self.writing.exception(), None
-            if isinstance(error, FloatingPointError):
-                raise UserError(f"the weights have grown beyond all numbers ({error}): the checkpoint is sound, go on from "
-                                "it with a lower --lr") from None
+            if isinstance(error, UserError):
+                raise error
             if error:
                 say(f"warning: {self.path} could not be saved ({error}). The one before stays; training goes on and tries "
                     "again. Is the disk full or gone?")
@@ -1083,8 +1081,6 @@ class Saver:
             except (OSError, RuntimeError) as error:
                 say(f"warning: {self.path} could not be saved ({error})")
                 time.sleep(RETRY_SECONDS / 6 if tries_left else 0)
-            except FloatingPointError:
-                break
         raise UserError(f"{self.path} could not be saved at the end, the one before is still good: put right what is "
                         "wrong, for instance make room on the disk, and the same command goes on from it")
 

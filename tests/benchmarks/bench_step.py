@@ -101,13 +101,14 @@ def seconds(works, repeats):
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def our_step(batch, precision=None, channels_last=True, parts=1, compiled=False, muon=True):
+def our_step(batch, precision=None, channels_last=True, at_a_time=10**6, compiled=False, muon=True, shared=True):
     """A function that makes one training step as train() does, on images that are in memory already."""
     device, precision = torch.device(args.device), precision or scriptc.choose_precision("auto", torch.device(args.device))
     form = torch.channels_last if channels_last else torch.contiguous_format
     model = scriptc.SimpleUnet(channels, args.size).to(device, memory_format=form)
     ema = copy.deepcopy(model).requires_grad_(False)
     network = torch.compile(model) if compiled else model
+    cores = scriptc.Cores(device, batch if shared else 1)
     weights, averages = list(model.parameters()), list(ema.parameters())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     optimizer = scriptc.Muon(model, 1e-3, dtype) if muon else torch.optim.AdamW(weights, 1e-3, fused=True)
@@ -119,13 +120,20 @@ def our_step(batch, precision=None, channels_last=True, parts=1, compiled=False,
         noise = torch.randn(batch, args.size, args.size, 3, device=device).permute(0, 3, 1, 2)
         t = torch.randint(0, 1000, (batch,), device=device)
         x_0 = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        for part in torch.arange(batch, device=device).chunk(parts):
+
+        def gradients_of(part):
             x_t, target = scriptc.forward_diffusion(x_0[part], t[part], alphas_cumprod, noise[part])
             if not channels_last:
                 x_t = x_t.contiguous()
             with scriptc.autocast(device, precision):
                 predicted = network(x_t, t[part])
-            scaler.scale((predicted.float() - target).abs().sum() / noise.numel()).backward()
+            return torch.autograd.grad(scaler.scale((predicted.float() - target).abs().sum() / noise.numel()), weights)
+
+        sums = None
+        for found in cores.map(gradients_of, scriptc.slices(0, batch, at_a_time, cores.count)):
+            sums = torch._foreach_add(sums, found) if sums else found
+        for weight, gradient in zip(weights, sums, strict=True):
+            weight.grad = gradient
         scaler.unscale_(optimizer)
         finite = nn.utils.clip_grad_norm_(weights, 1.0).isfinite()
         optimizer.step(finite) if muon else optimizer.step()
@@ -208,7 +216,8 @@ def bench_sampling():
     notebook = Notebook(matched_base()[0]).to(device).eval().requires_grad_(False)
     x, t = torch.randn(64, 3, args.size, args.size, device=device), torch.zeros(64, dtype=torch.long, device=device)
     precision, steps = scriptc.choose_precision("auto", device), scriptc.build_parser().get_default("sample_steps")
-    works = {f"this project's sample(), {steps} evaluations": lambda: scriptc.sample(model, 64, steps, precision=precision),
+    cores = scriptc.Cores(device, 64)
+    works = {f"this project, {steps} evaluations": lambda: scriptc.draw_images(model, cores, 0, 64, 64, steps, 0, precision),
              "notebook, 300 evaluations": lambda: [notebook(x, t) for _ in range(300 // 30)]}
     taken = seconds(works, max(2, args.repeats // 3))
     taken["notebook, 300 evaluations"] *= 30  # a tenth of the tenth is measured, all evaluations cost the same
@@ -224,8 +233,9 @@ def bench_sampling():
 def bench_measures():
     batch = args.batches[0]
     works = {"as it is": our_step(batch), "float32": our_step(batch, precision="fp32"),
-             "standard memory format": our_step(batch, channels_last=False), "in four parts": our_step(batch, parts=4),
-             "AdamW (fused) for Muon": our_step(batch, muon=False)}
+             "standard memory format": our_step(batch, channels_last=False), "in parts of eight": our_step(batch, at_a_time=8),
+             "AdamW (fused) for Muon": our_step(batch, muon=False),
+             "all cores at every operation": our_step(batch, shared=False)}
     if args.compile:
         works["torch.compile"] = our_step(batch, compiled=True)
     taken = seconds(works, args.repeats)
