@@ -1069,7 +1069,7 @@ class Saver:
                 self.due = time.time() + min(self.seconds, RETRY_SECONDS)
         if not self.writing and time.time() >= self.due:
             self.begun = time.time()
-            self.due = self.begun + self.seconds
+            self.due = self.begun + max(self.seconds - 2 * self.cost, 0)  # it is to be on disk by then, not begun
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state, tries):
@@ -1225,7 +1225,8 @@ def train(args, saved, precision):
 
     def animate():
         with clock.timed("animation"):
-            save_animation(grids(args.results, run["history"]), args.results)
+            if drawn := grids(args.results, run["history"]):
+                save_animation(drawn, args.results)
 
     def state():
         run.update(seconds=clock.elapsed(), losses=losses.tolist())
@@ -1370,9 +1371,11 @@ def train(args, saved, precision):
                                 "is sound, go on from it with a lower --lr or with --precision fp32")
 
             if first_process and not stopped and run["images_in_epoch"]:
+                done, seconds = run["images_seen"] - seen_at_beginning, time.time() - began
+                if not done:  # an epoch whose last step was saved, but not its row: the rate of the whole run
+                    done, seconds = run["images_seen"], clock.elapsed()
                 row = [run["epoch"] + 1, run["step"], run["images_seen"], (losses[0] / losses[1]).item(), evaluate(),
-                       optimizer.param_groups[0]["lr"], (run["images_seen"] - seen_at_beginning) / (time.time() - began),
-                       clock.elapsed()]
+                       optimizer.param_groups[0]["lr"], done / seconds, clock.elapsed()]
                 run["history"].append(row)
                 with clock.timed("metrics"):
                     write_metrics(run["history"], args.results)
