@@ -1201,7 +1201,8 @@ def train(args, saved, precision):
         return max(part, clock.part_used(args.minutes, saver.cost)) if args.minutes else part
 
     def seconds_left():
-        return (time.time() - clock.begun) * max(1 - progress(), 0) / max(progress() - part_before, 1e-9)
+        by_steps = (time.time() - clock.begun) / max(run["step"] - step_before, 1e-9) * (last_step - run["step"])
+        return max(0, min(by_steps, 60 * (args.minutes or math.inf) - clock.elapsed()))
 
     def evaluate():
         with clock.timed("held-out"):
@@ -1308,7 +1309,7 @@ def train(args, saved, precision):
         write_metrics(run["history"], args.results)
         with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
             shutil.copy(HERE / "results" / "index.html", args.results)
-    clock.begun, seen_before, part_before = time.time(), run["images_seen"], progress()
+    clock.begun, seen_before, step_before = time.time(), run["images_seen"], run["step"]
     looked_at = shown_at = said_at = clock.begun
     foretold = bad = False
 

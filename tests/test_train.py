@@ -183,7 +183,7 @@ def test_more_epochs_go_on_with_the_settings_of_the_checkpoint(trained, tmp_path
 @pytest.mark.parametrize("number, precision", [
     (signal.SIGINT, "fp32"), (signal.SIGTERM, "bf16"), (signal.SIGKILL, "fp32"), (signal.SIGKILL, "bf16")])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, precision):
-    flags = [*SMALL, "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
+    flags = [*SMALL, "--batch-size", "32", "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
     whole = folder / "undisturbed"
     shutil.copytree(folder / "faces", whole / "faces")
     assert run(whole, *flags).returncode == 0
@@ -257,6 +257,13 @@ def test_a_checkpoint_that_cannot_be_saved_at_the_end_keeps_the_one_before(train
     monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
     assert scriptc.main(command(tmp_path, "--epochs", 3, "--sample-steps", 3)[2:]) == 1
     assert "make room" in capsys.readouterr().err and checkpoint(tmp_path)["epoch"] == 2
+
+
+def test_an_animation_that_is_due_before_any_grid_waits_for_one(folder, monkeypatch):
+    monkeypatch.setattr(scriptc, "DRAWING_SHARE", 0)
+    monkeypatch.setattr(scriptc, "ANIMATION_SHARE", 10**9)
+    assert scriptc.main(command(folder, *SMALL, "--epochs", 3)[2:]) == 0
+    assert len([*(folder / "results").glob("epoch_*.png")]) == 1 and (folder / "results" / "progress.webp").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):

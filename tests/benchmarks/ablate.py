@@ -23,8 +23,10 @@ VARIANTS = {  # name: [(text in scriptc.py, what stands there instead), ...]
     "as it is": [],
     "noise straight from the layers": [("return (1 - a_t).sqrt() * x_t + a_t.sqrt() * F.", "return F.")],
     "pixels folded 2 x 2": [
-        ("nn.Conv2d(3, channels[0]", "nn.Conv2d(12, channels[0]"), ("nn.Conv2d(channels[0], 3, 3", "nn.Conv2d(channels[0], 12, 3"),
-        ("x = self.first(x.", "x = self.first(F.pixel_unshuffle(x, 2)."), ("* self.last(x)", "* F.pixel_shuffle(self.last(x), 2)"),
+        ("nn.Conv2d(3, channels[0]", "nn.Conv2d(12, channels[0]"),
+        ("nn.Conv2d(channels[0], 3, 3", "nn.Conv2d(channels[0], 12, 3"),
+        ("x = self.first(x.", "x = self.first(F.pixel_unshuffle(x, 2)."),
+        ("* self.last(x)", "* F.pixel_shuffle(self.last(x), 2)"),
         ("(32 if image_size <= 32 else 16, 64, 128, 256)", "(64, 128, 256)")],
     "two norms a block": [
         ("        self.norm = nn.GroupNorm(8, c_in)\n",
