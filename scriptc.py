@@ -591,7 +591,7 @@ SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, 
 
 
 @torch.no_grad()
-def sample(model, count=64, steps=30, sampler="ddpm", seed=0, first=0, precision="fp32", on_step=None):
+def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
     """Draw `count` images, (count, 3, S, S) float32 in [-1, 1], from a SimpleUnet that has been trained.
 
     Every sampler of SAMPLERS is the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod) for the
@@ -1090,7 +1090,7 @@ class Clock:
 
     def __init__(self, seconds_before):
         self.seconds_before, self.begun, self.warned = seconds_before, time.time(), 0.0
-        self.cost = {"held-out": 0.0, "grid": 0.0, "curve": 1.0, "animation": 1.0, "metrics": 0.0, "page": 0.0}
+        self.cost = {"held-out": 0.0, "grid": 0.0, "last grid": 0.0, "curve": 1.0, "animation": 1.0, "metrics": 0.0, "page": 0.0}
         self.spent = dict.fromkeys(self.cost, 0.0)  # cost: of the last time
 
     def elapsed(self):
@@ -1098,7 +1098,8 @@ class Clock:
 
     def part_used(self, minutes, saving):
         """The share of a budget that is gone, when all that comes after the last step is to fit in it too."""
-        return self.elapsed() / max(60 * minutes - 1.2 * (sum(self.cost.values()) + saving) - 1, 0.1)
+        after = sum(self.cost.values()) - self.cost["grid"] + saving
+        return self.elapsed() / max(60 * minutes - 1.2 * after - 1, 0.1)
 
     @contextlib.contextmanager
     def timed(self, what):
@@ -1208,19 +1209,21 @@ def train(args, saved, precision):
         with clock.timed("held-out"):
             return held_out_loss(ema, faces, held_out_rows, cores, at_a_time, precision)
 
-    def draw(stop):
-        stages = []
+    def draw(stop, last):
+        steps, stages = args.sample_steps if last else max(1, args.sample_steps // 3), []
 
         def on_step(step, x):
             stages.append(x[:8].cpu())
             return stop
 
         epoch, step = run["history"][-1][:2]
-        with clock.timed("grid"):
-            images = draw_images(ema, cores, 0, 64, at_a_time, args.sample_steps, args.seed, precision, on_step)
+        with clock.timed("last grid" if last else "grid"):
+            images = draw_images(ema, cores, 0, 64, at_a_time, steps, args.seed, precision, on_step)
             if not stop:
                 save_grid(images, args.results / f"epoch_{epoch}_step_{step}.png")
                 save_denoising(stages, args.results / "denoising.png")
+        if not last:
+            clock.cost["last grid"] = clock.cost["grid"] * args.sample_steps / steps
         with clock.timed("curve"):
             save_curve(run["history"], args.results / "loss.png")
 
@@ -1350,7 +1353,8 @@ def train(args, saved, precision):
                 saver.save_if_due(state)
                 now = time.time()
                 if not clock.spent["held-out"]:  # until it is known what drawing costs: forward takes a third of a step
-                    evaluations = {"held-out": min(len(held_out_rows), HELD_OUT_MOST), "grid": 64 * args.sample_steps}
+                    evaluations = {"held-out": min(len(held_out_rows), HELD_OUT_MOST), "grid": 64 * args.sample_steps / 3,
+                                   "last grid": 64 * args.sample_steps}
                     clock.cost.update({what: number / speed() / 3 for what, number in evaluations.items()})
                 if now - looked_at > 0.5:  # not at every step: to read from a card is to wait for it
                     looked_at, bad = now, bool(bad_steps >= BAD_STEPS)
@@ -1392,7 +1396,7 @@ def train(args, saved, precision):
                 losses.zero_()
                 saver.epoch_over()
             if first_process and not stopped and (at_end or clock.allows("grid", DRAWING_SHARE)):
-                draw(stop)
+                draw(stop, at_end)
                 stopped = stopped or at_end and bool(stop)  # a last grid that was cut short is drawn at the next start
             if first_process and not (at_end or stopped):
                 show()

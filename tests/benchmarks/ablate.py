@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 VARIANTS = {  # name: [(text in scriptc.py, what stands there instead), ...]
     "as it is": [],
-    "noise straight from the layers": [("return (1 - a_t).sqrt() * x_t + a_t.sqrt() * F.", "return F.")],
+    "noise straight from the layers": [("return (1 - a_t).sqrt() * x_t + a_t.sqrt() * self", "return self")],
     "pixels folded 2 x 2": [
         ("nn.Conv2d(3, channels[0]", "nn.Conv2d(12, channels[0]"),
         ("nn.Conv2d(channels[0], 3, 3", "nn.Conv2d(channels[0], 12, 3"),
