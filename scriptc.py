@@ -980,7 +980,7 @@ class Cores:
 
     def __init__(self, device, images):
         threads = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
-        self.count = max(1, min(threads, images // 16))
+        self.count = max(1, min(threads, images // 32))  # with fewer images each, sharing is as fast
         self.threads = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=[threads // self.count])
 
     def map(self, function, parts):

@@ -183,7 +183,7 @@ def test_more_epochs_go_on_with_the_settings_of_the_checkpoint(trained, tmp_path
 @pytest.mark.parametrize("number, precision", [
     (signal.SIGINT, "fp32"), (signal.SIGTERM, "bf16"), (signal.SIGKILL, "fp32"), (signal.SIGKILL, "bf16")])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, precision):
-    flags = [*SMALL, "--batch-size", "32", "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
+    flags = [*SMALL, "--batch-size", "64", "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
     whole = folder / "undisturbed"
     shutil.copytree(folder / "faces", whole / "faces")
     assert run(whole, *flags).returncode == 0

@@ -52,7 +52,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("--image-size", "16", "--channels", "8", "16", "--batch-size", "32", "--sample-steps", "3", "--device", "cpu")
+SMALL = ("--image-size", "16", "--channels", "8", "16", "--batch-size", "64", "--sample-steps", "3", "--device", "cpu")
 PARTS = ("model", "ema", "optimizer", "epoch", "step", "images_seen")  # of a checkpoint: what has to be equal
 MEMORY = 500  # MB that a bad checkpoint may cost beyond a good one
 
