@@ -1090,7 +1090,8 @@ class Clock:
 
     def __init__(self, seconds_before):
         self.seconds_before, self.begun, self.warned = seconds_before, time.time(), 0.0
-        self.cost = {"held-out": 0.0, "grid": 0.0, "last grid": 0.0, "curve": 1.0, "animation": 1.0, "metrics": 0.0, "page": 0.0}
+        self.cost = {"held-out": 0.0, "grid": 0.0, "last grid": 0.0, "curve": 1.0, "animation": 1.0, "metrics": 0.0,
+                     "page": 0.0}
         self.spent = dict.fromkeys(self.cost, 0.0)  # cost: of the last time
 
     def elapsed(self):

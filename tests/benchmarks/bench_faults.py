@@ -490,7 +490,8 @@ def odd_tensor(chance, state, _):
     container[name] = chance.choice((
         lambda: torch.full_like(weight, float("nan")), lambda: torch.full_like(weight, float("inf")),
         lambda: weight.double(), lambda: weight.half(), lambda: weight.to(torch.complex64), lambda: weight.to_sparse(),
-        lambda: weight.flatten()[:, None], lambda: weight[:0], lambda: weight[None], lambda: torch.zeros(1).expand(10**6, 10**6),
+        lambda: weight.flatten()[:, None], lambda: weight[:0], lambda: weight[None],
+        lambda: torch.zeros(1).expand(10**6, 10**6),
         lambda: torch.empty(weight.shape, device="meta"), lambda: weight + 1e-3, lambda: weight.tolist(),
     ))()
     return saved(state)
