@@ -989,9 +989,9 @@ class Cores:
 
 
 def slices(begin, end, at_a_time, at_least=1):
-    """Even slices of begin to end of at most `at_a_time`, and `at_least` so many of them if there is enough."""
+    """Even slices of begin to end of at most `at_a_time`, and `at_least` so many of them if there is enough; none of none."""
     count = max(math.ceil((end - begin) / at_a_time), min(at_least, end - begin))
-    bounds = [begin + (end - begin) * number // count for number in range(count + 1)]
+    bounds = [begin + (end - begin) * number // max(count, 1) for number in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 

@@ -259,6 +259,13 @@ def test_a_checkpoint_that_cannot_be_saved_at_the_end_keeps_the_one_before(train
     assert "make room" in capsys.readouterr().err and checkpoint(tmp_path)["epoch"] == 2
 
 
+def test_images_are_shared_out_evenly_and_none_twice():
+    assert scriptc.slices(2, 12, 4) == [slice(2, 5), slice(5, 8), slice(8, 12)]
+    assert scriptc.slices(0, 10, 64, 2) == [slice(0, 5), slice(5, 10)]
+    assert scriptc.slices(0, 1, 64, 2) == [slice(0, 1)]
+    assert scriptc.slices(3, 3, 5) == []  # a process that has no image of a small batch
+
+
 def test_an_animation_that_is_due_before_any_grid_waits_for_one(folder, monkeypatch):
     monkeypatch.setattr(scriptc, "DRAWING_SHARE", 0)
     monkeypatch.setattr(scriptc, "ANIMATION_SHARE", 10**9)
