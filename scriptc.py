@@ -870,7 +870,7 @@ def averaged_network(saved, path, device):
 
 # ------------------------------------------------------------------------------------------------------- training ----
 
-WARM_UP = 0.03  # share of the run in which the learning rate rises, before it falls to zero along a cosine
+WARM_UP = 0.01  # share of the run in which the learning rate rises, before it falls to zero along a straight line
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
 DRAWING_SHARE, ANIMATION_SHARE = 0.04, 0.003  # what pictures along the way may take of the time
 SAVING_SHARE = 0.05  # writing a checkpoint, beside training, may take this much of the time
@@ -924,12 +924,12 @@ class Muon(torch.optim.Optimizer):
     its entries are as large as Adam's, and one learning rate serves both.
     """
 
-    def __init__(self, model, lr, dtype):
+    def __init__(self, model, lr, dtype, cores):
         plain = {*model.first.parameters(), *model.last.parameters()}  # those meet pixels, whose directions mean something
         matrices = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
         others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
         super().__init__([{"params": matrices}, {"params": others, "steps": 0}], {"lr": lr})
-        self.dtype = dtype
+        self.dtype, self.cores = dtype, cores
         for weight in matrices:
             self.state[weight]["momentum"] = torch.zeros_like(weight)
         for weight in others:
@@ -940,20 +940,24 @@ class Muon(torch.optim.Optimizer):
         """One update; none where `finite`, a bool tensor on the device so that nothing waits for it, is False."""
         matrices, others = self.param_groups
         keep = finite.float()
-        for weight in matrices["params"]:
+
+        @torch.no_grad()
+        def update(weight):
             gradient = torch.where(finite, weight.grad, 0)
             momentum = self.state[weight]["momentum"]
             momentum.mul_(1 - 0.1 * keep).add_(gradient, alpha=0.1)
-            x = gradient.lerp(momentum, 0.9).flatten(1).to(self.dtype)
+            x = gradient.lerp_(momentum, 0.9).permute(0, 2, 3, 1).flatten(1).to(self.dtype)  # as it lies in memory
             tall = x.shape[0] > x.shape[1]
             x = x.T if tall else x
             x = x / (x.norm() + 1e-7)
             for a, b, c in NEWTON_SCHULZ:
                 gram = x @ x.T
                 x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-            x = (x.T if tall else x).float().view_as(weight)
-            weight.add_(x * keep, alpha=-0.2 * math.sqrt(max(weight.shape[0], weight[0].numel())) * matrices["lr"])
+            rate = 0.2 * math.sqrt(max(x.shape)) * matrices["lr"]
+            x = ((x.T if tall else x) * keep).reshape(weight.permute(0, 2, 3, 1).shape)
+            weight.add_(x.permute(0, 3, 1, 2), alpha=-rate)
 
+        [*self.cores.map(update, matrices["params"])]
         others["steps"] += 1
         weights = others["params"]
         gradients = [torch.where(finite, weight.grad, 0) for weight in weights]
@@ -970,7 +974,7 @@ class Muon(torch.optim.Optimizer):
 
 def learning_rate(highest, part):
     """The learning rate when `part` (0 to 1) of the run is over."""
-    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 + math.cos(math.pi * min(part, 1))) / 2
+    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - min(part, 1))
 
 
 class Cores:
@@ -1183,7 +1187,7 @@ def train(args, saved, precision):
     ema = build_network(vars(args), saved["ema"]) if saved else copy.deepcopy(model)
     model, ema = (net.to(device, memory_format=torch.channels_last) for net in (model, ema.requires_grad_(False)))
     weights, averages = list(model.parameters()), list(ema.parameters())
-    optimizer = Muon(model, args.lr, torch.bfloat16 if precision == "bf16" else torch.float32)
+    optimizer = Muon(model, args.lr, torch.bfloat16 if precision == "bf16" else torch.float32, Cores(device, 64))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     run = {name: saved[name] for name in FRESH_RUN} if saved else FRESH_RUN | {"history": []}
     if saved:

@@ -111,7 +111,8 @@ def our_step(batch, precision=None, channels_last=True, at_a_time=10**6, compile
     cores = scriptc.Cores(device, batch if shared else 1)
     weights, averages = list(model.parameters()), list(ema.parameters())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    optimizer = scriptc.Muon(model, 1e-3, dtype) if muon else torch.optim.AdamW(weights, 1e-3, fused=True)
+    optimizer = (scriptc.Muon(model, 1e-3, dtype, scriptc.Cores(device, 64 if shared else 1)) if muon
+                 else torch.optim.AdamW(weights, 1e-3, fused=True))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     alphas_cumprod = torch.cumprod(1 - scriptc.linear_beta_schedule(1000), 0).float().to(device)
     images = torch.randint(0, 256, (batch, args.size, args.size, 3), dtype=torch.uint8, device=device)
