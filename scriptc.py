@@ -543,11 +543,11 @@ class SimpleUnet(nn.Module):
     trained for: sample() and load_model() read them.
     """
 
-    def __init__(self, channels=(16, 64, 128, 256), image_size=64, timesteps=1000):
+    def __init__(self, channels=(16, 32, 64, 256), image_size=64, timesteps=1000):
         super().__init__()
         self.image_size, self.timesteps = image_size, timesteps
-        c_time = 4 * channels[0]
-        self.time = nn.Sequential(SinusoidalPositionEmbeddings(channels[0]), nn.Linear(channels[0], c_time), nn.SiLU(),
+        c_time = 256
+        self.time = nn.Sequential(SinusoidalPositionEmbeddings(64), nn.Linear(64, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
         self.first = nn.Conv2d(3, channels[0], 3, padding=1)
         narrow, wide = channels[:-1], channels[1:]
@@ -895,8 +895,9 @@ def choose_device(name):
 
 def default_channels(device, image_size):
     """The width of the network at each resolution: on a CPU such that faces come within minutes, on a card within hours."""
-    base = 2 if device.type == "cuda" else 1
-    return [base * width for width in (32 if image_size <= 32 else 16, 64, 128, 256)]
+    if device.type == "cuda":
+        return [64, 128, 256, 512]
+    return [32, 64, 128, 256] if image_size <= 32 else [16, 32, 64, 256]
 
 
 def choose_precision(name, device):

@@ -147,7 +147,7 @@ def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
     done = run(folder, *SMALL, "--minutes", 0.4)
     assert done.returncode == 0
     last = table(folder)[-1]
-    assert float(last["lr"]) < 1e-4
+    assert float(last["lr"]) < 0.04 * 8e-3  # along a straight line, so at most 4% of the time was left unused
     assert (folder / "results" / f"epoch_{last['epoch']}_step_{last['step']}.png").exists()
     assert checkpoint(folder)["step"] == int(last["step"]) and (folder / "results" / "loss.png").exists()
 

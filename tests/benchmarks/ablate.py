@@ -27,7 +27,12 @@ VARIANTS = {  # name: [(text in scriptc.py, what stands there instead), ...]
         ("nn.Conv2d(channels[0], 3, 3", "nn.Conv2d(channels[0], 12, 3"),
         ("x = self.first(x.", "x = self.first(F.pixel_unshuffle(x, 2)."),
         ("* self.last(x)", "* F.pixel_shuffle(self.last(x), 2)"),
-        ("(32 if image_size <= 32 else 16, 64, 128, 256)", "(64, 128, 256)")],
+        ("[32, 64, 128, 256] if image_size <= 32 else [16, 32, 64, 256]", "[64, 128, 256]")],
+    "narrow time embedding": [("c_time = 256", "c_time = 4 * channels[0]"),
+                              ("SinusoidalPositionEmbeddings(64), nn.Linear(64,",
+                               "SinusoidalPositionEmbeddings(channels[0]), nn.Linear(channels[0],")],
+    "more channels at half size": [("else [16, 32, 64, 256]", "else [16, 64, 128, 256]")],
+    "more channels at quarter size": [("else [16, 32, 64, 256]", "else [16, 32, 128, 256]")],
     "two norms a block": [
         ("        self.norm = nn.GroupNorm(8, c_in)\n",
          "        self.norm, self.norm2 = nn.GroupNorm(8, c_in), nn.GroupNorm(8, c_out)\n"),
