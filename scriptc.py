@@ -543,7 +543,7 @@ class SimpleUnet(nn.Module):
     trained for: sample() and load_model() read them.
     """
 
-    def __init__(self, channels=(16, 32, 64, 256), image_size=64, timesteps=1000):
+    def __init__(self, channels=(32, 32, 64, 192), image_size=64, timesteps=1000):
         super().__init__()
         self.image_size, self.timesteps = image_size, timesteps
         c_time = 256
@@ -897,7 +897,7 @@ def default_channels(device, image_size):
     """The width of the network at each resolution: on a CPU such that faces come within minutes, on a card within hours."""
     if device.type == "cuda":
         return [64, 128, 256, 512]
-    return [32, 64, 128, 256] if image_size <= 32 else [16, 32, 64, 256]
+    return [32, 64, 64, 256] if image_size <= 32 else [32, 32, 64, 192]
 
 
 def choose_precision(name, device):
