@@ -55,7 +55,7 @@ VARIANTS = {  # name: [(text in scriptc.py, what stands there instead), ...]
     "warm-up three times as long": [("WARM_UP = 0.01", "WARM_UP = 0.03")],
     "momentum 0.95": [("momentum.mul_(1 - 0.1 * keep).add_(gradient, alpha=0.1)",
                        "momentum.mul_(1 - 0.05 * keep).add_(gradient, alpha=0.05)"),
-                      ("gradient.lerp(momentum, 0.9)", "gradient.lerp(momentum, 0.95)")],
+                      ("gradient.lerp_(momentum, 0.9)", "gradient.lerp_(momentum, 0.95)")],
     "five usual Newton-Schulz iterations": [
         ("(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)",
          "[(3.4445, -4.775, 2.0315)] * 5")],
