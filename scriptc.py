@@ -217,7 +217,7 @@ def from_first_process(*numbers):
 
 def track(items, total, what):
     """Pass `items` on: behind a progress bar on a terminal, with a plain line every 30 s elsewhere."""
-    bar = tqdm(items, total=total, desc=what, unit="img", leave=False, disable=None)
+    bar = tqdm(items, total=total, desc=what, unit="img", leave=False, disable=None if RANK == 0 else True)
     said = time.time()
     for done, item in enumerate(bar, 1):
         yield item
@@ -657,7 +657,7 @@ def to_image(x):
 
 
 def save_grid(images, path, columns=8):
-    """Images (N, 3, S, S) in [-1, 1] as one PNG, `columns` a row, padding 2."""
+    """Images (N, 3, S, S), or a list of N, in [-1, 1] as one PNG, `columns` a row, padding 2."""
     with replacing(path) as file:
         to_image(make_grid(images, nrow=columns, padding=2, pad_value=-1)).save(file, "PNG")
 
@@ -1488,20 +1488,23 @@ def draw_samples(args, saved, precision):
             folder.mkdir(exist_ok=True)
             for old in folder.glob("sample_*.png"):
                 old.unlink()
-    with tqdm(total=args.sample, unit="img", desc="drawing", disable=None if RANK == 0 else True) as bar:
+
+    def drawn():
         for first in range(64 * RANK, args.sample, 64 * PROCESSES):
-            images = draw_images(model, cores, first, min(64, args.sample - first), 64, args.sample_steps, args.seed,
-                                 precision)
-            for number, image in enumerate(images, first + 1):
-                to_image(image).save(folder / f"sample_{number:05d}.png")
-            if not first:
-                save_grid(images, args.results / "samples.png")
-                best = images[:16]
-            bar.update(min(len(images) * PROCESSES, args.sample - bar.n))
+            yield from enumerate(draw_images(model, cores, first, min(64, args.sample - first), 64, args.sample_steps,
+                                             args.seed, precision), first)
+
+    grid, share = [], min(args.sample, 64 * math.ceil(args.sample / 64 / PROCESSES))
+    for number, image in track(drawn(), share, "drawing"):
+        to_image(image).save(folder / f"sample_{number + 1:05d}.png")
+        if number < 64:
+            grid.append(image)
+        if number == min(64, args.sample) - 1:  # at once: whoever draws thousands need not wait for them
+            save_grid(grid, args.results / "samples.png")
     if RANK == 0:
         try:
             pixels = load_images(args.dataroot, args.image_size, args.results)[1]
-            save_grid(nearest(best, pixels), args.results / "nearest.png")
+            save_grid(nearest(torch.stack(grid[:16]), pixels), args.results / "nearest.png")
             beside = "; nearest.png has the first of them, each beside the training image that is closest to it"
         except UserError:
             beside = f"; no nearest.png, since {args.dataroot} has no training images to compare with"

@@ -456,7 +456,7 @@ def fill_folder(folder, count, size, seed=0):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind, ending = ("PNG", "png") if size <= 128 else ("JPEG", "jpg")
-    for number in tqdm(range(seed, seed + count), desc="drawing faces", unit="face"):
+    for number in tqdm(range(seed, seed + count), desc="drawing faces", unit="face", disable=None):
         path = folder / f"face_{number:06d}.{ending}"
         if not path.exists():
             part = path.with_suffix(".part")
