@@ -12,6 +12,7 @@ convolution of one of the network's own main shapes reaches in the same precisio
 import argparse
 import copy
 import csv
+import ctypes
 import math
 import os
 import pathlib
@@ -175,11 +176,11 @@ def ceiling(batch):
         x = torch.randn(batch, width, side >> level, side >> level, device=device, dtype=dtype)
         weight = torch.randn(width, width, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last)
-        works[width] = lambda x=x, weight=weight: [F.conv2d(x, weight, padding=1) for _ in range(5)]
-        flops[width] = 5 * 2 * 9 * width**2 * x.numel() / width
+        works[level] = lambda x=x, weight=weight: [F.conv2d(x, weight, padding=1) for _ in range(5)]
+        flops[level] = 5 * 2 * 9 * width * x.numel()
     with torch.no_grad():
         taken = seconds(works, args.repeats)
-    return max(flops[width] / taken[width] for width in works)
+    return max(flops[level] / taken[level] for level in works)
 
 
 def matched_base():
@@ -188,6 +189,20 @@ def matched_base():
     candidates = {base: flops_forward(Notebook(base).to(args.device), args.size) for base in range(8, 129, 4)}
     base = min(candidates, key=lambda base: abs(math.log(candidates[base] / ours)))
     return base, candidates[base], ours
+
+
+def as_the_system_does(step):
+    """The same step with C's allocator as it is by itself, once it has settled: what is large goes back to the system."""
+    if args.device != "cpu" or sys.platform != "linux":
+        return step
+
+    def work():
+        for setting, value in ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20)):  # M_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, value)
+        step()
+        scriptc.keep_freed_memory()
+
+    return work
 
 
 def row(*cells):
@@ -200,15 +215,16 @@ def bench_step():
     flops = {name: flops_training(network) for name, network in networks.items()}
     row("training step", "batch", "images/s", "GFLOP/s", "of the ceiling", "against the notebook, per FLOP")
     row(*["---"] * 6)
+    most = max(ceiling(batch) for batch in args.batches)
     for batch in args.batches:
-        works = {"this network": our_step(batch), "notebook": notebook_step(batch, base)}
-        taken, most = seconds(works, args.repeats), ceiling(batch)
+        works = {"this network": our_step(batch), "notebook": as_the_system_does(notebook_step(batch, base))}
+        taken = seconds(works, args.repeats)
         slow = batch * flops["notebook"] / taken["notebook"]
         for name in works:
             rate = batch * flops[name] / taken[name]
             row(f"{name}, {(ours if name != 'notebook' else notebook_flops) / 1e9:.2f} GFLOPs an image", batch,
                 f"{batch / taken[name]:.1f}", f"{rate / 1e9:.0f}", f"{rate / most:.0%}", f"{rate / slow:.2f}")
-        row("fastest convolution", batch, "", f"{most / 1e9:.0f}", "100%", "")
+    row("fastest convolution", "the best of them", "", f"{most / 1e9:.0f}", "100%", "")
 
 
 def bench_sampling():
@@ -219,7 +235,7 @@ def bench_sampling():
     precision, steps = scriptc.choose_precision("auto", device), scriptc.build_parser().get_default("sample_steps")
     cores = scriptc.Cores(device, 64)
     works = {f"this project, {steps} evaluations": lambda: scriptc.draw_images(model, cores, 0, 64, 64, steps, 0, precision),
-             "notebook, 300 evaluations": lambda: [notebook(x, t) for _ in range(300 // 30)]}
+             "notebook, 300 evaluations": as_the_system_does(lambda: [notebook(x, t) for _ in range(300 // 30)])}
     taken = seconds(works, max(2, args.repeats // 3))
     taken["notebook, 300 evaluations"] *= 30  # a tenth of the tenth is measured, all evaluations cost the same
     most = ceiling(64)
@@ -232,11 +248,12 @@ def bench_sampling():
 
 
 def bench_measures():
-    batch = args.batches[0]
+    batch = args.batches[-1]
     works = {"as it is": our_step(batch), "float32": our_step(batch, precision="fp32"),
              "standard memory format": our_step(batch, channels_last=False), "in parts of eight": our_step(batch, at_a_time=8),
              "AdamW (fused) for Muon": our_step(batch, muon=False),
-             "all cores at every operation": our_step(batch, shared=False)}
+             "all cores at every operation": our_step(batch, shared=False),
+             "freed memory given back": as_the_system_does(our_step(batch))}
     if args.compile:
         works["torch.compile"] = our_step(batch, compiled=True)
     taken = seconds(works, args.repeats)
