@@ -981,7 +981,7 @@ def learning_rate(highest, part):
 
 def keep_freed_memory():
     """Let C's allocator keep what a step has freed for the next one. Else the large tensors come from the system each time,
-    page by page, which costs a tenth of the step. Without glibc (macOS, Windows) this does nothing."""
+    page by page, which costs up to a tenth of the step. Without glibc (macOS, Windows) this does nothing."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         allocator = ctypes.CDLL(None).mallopt
         for setting, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
@@ -990,7 +990,8 @@ def keep_freed_memory():
 
 class Cores:
     """The cores of a CPU, each to take its share of the images: that is faster than to have all of them share every
-    operation, after which they wait for each other (1.2 times on two). A card, or one of several processes, counts as one.
+    operation, after which they wait for each other (1.1 times at 32 px on two). A card, or one of several processes, counts
+    as one.
     """
 
     def __init__(self, device, images):

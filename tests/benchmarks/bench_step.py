@@ -1,18 +1,18 @@
 """How fast a training step and sampling are: against the copied notebook, and against what the machine can do at all.
 
-    python tests/benchmarks/bench_step.py                          two cores: about eight minutes
+    python tests/benchmarks/bench_step.py                          two cores: about twelve minutes
     python tests/benchmarks/bench_step.py --device cuda            a card
     python tests/benchmarks/bench_step.py --only step measures     some of the parts: step, sampling, measures, loop, start
 
-Everything that is compared runs in turn, several times, in one process; the table gives medians. FLOPs are those of the
-convolutions and matrix products, counted by PyTorch, forward and backward. The ceiling is the best rate that a forward
-convolution of one of the network's own main shapes reaches in the same precision on the same machine.
+Everything that is compared runs in turn, several times, training steps in processes of their own; the table gives medians.
+"default-allocator" is this network without keep_freed_memory(). FLOPs are those of the convolutions and matrix products,
+counted by PyTorch, forward and backward. The ceiling is the best rate that a forward convolution of one of the network's
+own main shapes reaches in the same precision on the same machine.
 """
 
 import argparse
 import copy
 import csv
-import ctypes
 import math
 import os
 import pathlib
@@ -191,18 +191,25 @@ def matched_base():
     return base, candidates[base], ours
 
 
-def as_the_system_does(step):
-    """The same step with C's allocator as it is by itself, once it has settled: what is large goes back to the system."""
-    if args.device != "cpu" or sys.platform != "linux":
-        return step
+def in_own_processes(names, batch):
+    """Median seconds of a step of each of several networks, in a process of its own: they set C's allocator differently."""
+    times = {name: [] for name in names}
+    for _ in range(3):
+        for name in names:
+            command = [sys.executable, __file__, "--only", name, "--batches", str(batch), "--device", args.device, "--size",
+                       str(args.size), "--repeats", str(max(2, args.repeats // 2)), "--channels", *map(str, channels)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            times[name].append(float(done.stdout.split()[-1]))
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
-    def work():
-        for setting, value in ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20)):  # M_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(setting, value)
-        step()
-        scriptc.keep_freed_memory()
 
-    return work
+def bench_bare(name):
+    """A step of one network, as in_own_processes() wants it: the seconds, last."""
+    batch = args.batches[0]
+    if name == "default-allocator":
+        scriptc.keep_freed_memory = lambda: None
+    print(seconds({name: notebook_step(batch, matched_base()[0]) if name == "notebook" else our_step(batch)},
+                  args.repeats)[name])
 
 
 def row(*cells):
@@ -211,16 +218,15 @@ def row(*cells):
 
 def bench_step():
     base, notebook_flops, ours = matched_base()
-    networks = {"this network": scriptc.SimpleUnet(channels, args.size), "notebook": Notebook(base)}
-    flops = {name: flops_training(network) for name, network in networks.items()}
+    flops = {"ours": flops_training(scriptc.SimpleUnet(channels, args.size)), "notebook": flops_training(Notebook(base))}
+    flops["default-allocator"] = flops["ours"]
     row("training step", "batch", "images/s", "GFLOP/s", "of the ceiling", "against the notebook, per FLOP")
     row(*["---"] * 6)
     most = max(ceiling(batch) for batch in args.batches)
     for batch in args.batches:
-        works = {"this network": our_step(batch), "notebook": as_the_system_does(notebook_step(batch, base))}
-        taken = seconds(works, args.repeats)
+        taken = in_own_processes(["ours", "default-allocator", "notebook"], batch)
         slow = batch * flops["notebook"] / taken["notebook"]
-        for name in works:
+        for name in taken:
             rate = batch * flops[name] / taken[name]
             row(f"{name}, {(ours if name != 'notebook' else notebook_flops) / 1e9:.2f} GFLOPs an image", batch,
                 f"{batch / taken[name]:.1f}", f"{rate / 1e9:.0f}", f"{rate / most:.0%}", f"{rate / slow:.2f}")
@@ -235,7 +241,7 @@ def bench_sampling():
     precision, steps = scriptc.choose_precision("auto", device), scriptc.build_parser().get_default("sample_steps")
     cores = scriptc.Cores(device, 64)
     works = {f"this project, {steps} evaluations": lambda: scriptc.draw_images(model, cores, 0, 64, 64, steps, 0, precision),
-             "notebook, 300 evaluations": as_the_system_does(lambda: [notebook(x, t) for _ in range(300 // 30)])}
+             "notebook, 300 evaluations": lambda: [notebook(x, t) for _ in range(300 // 30)]}
     taken = seconds(works, max(2, args.repeats // 3))
     taken["notebook, 300 evaluations"] *= 30  # a tenth of the tenth is measured, all evaluations cost the same
     most = ceiling(64)
@@ -252,8 +258,7 @@ def bench_measures():
     works = {"as it is": our_step(batch), "float32": our_step(batch, precision="fp32"),
              "standard memory format": our_step(batch, channels_last=False), "in parts of eight": our_step(batch, at_a_time=8),
              "AdamW (fused) for Muon": our_step(batch, muon=False),
-             "all cores at every operation": our_step(batch, shared=False),
-             "freed memory given back": as_the_system_does(our_step(batch))}
+             "all cores at every operation": our_step(batch, shared=False)}
     if args.compile:
         works["torch.compile"] = our_step(batch, compiled=True)
     taken = seconds(works, args.repeats)
@@ -308,12 +313,14 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, nargs="+", help="of this project's network (the device's default)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
-    parser.add_argument("--only", nargs="+", default=["step", "sampling", "measures", "loop", "start"])
+    parts = {"step": bench_step, "sampling": bench_sampling, "measures": bench_measures, "loop": bench_loop,
+             "start": bench_start}
+    bare = {name: lambda name=name: bench_bare(name) for name in ("ours", "default-allocator", "notebook")}
+    parser.add_argument("--only", nargs="+", default=[*parts], choices=[*parts, *bare])
     args = parser.parse_args()
     channels = args.channels or scriptc.default_channels(torch.device(args.device), args.size)
     print(f"{args.device}, {scriptc.choose_precision('auto', torch.device(args.device))}, {args.size} px, channels {channels}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}\n")
     for part in args.only:
-        {"step": bench_step, "sampling": bench_sampling, "measures": bench_measures, "loop": bench_loop,
-         "start": bench_start}[part]()
+        (parts | bare)[part]()
         print()
