@@ -168,6 +168,22 @@ def test_ddpm_is_the_ancestral_sampling_of_ho_et_al():
     assert torch.allclose(scriptc.sample(model, 1, 20, "ddpm", seed=3), x, atol=1e-4)
 
 
+def test_a_guide_is_left_behind_by_as_much_as_guidance_says():
+    model, guide = random_network(image_size=16), random_network(image_size=16)
+    alone = scriptc.sample(model, 2, 4, guidance=1.2)
+    model.guides = (guide,)
+    assert guide.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(scriptc.sample(model, 2, 4, guidance=0), alone)
+
+    class Guided(scriptc.SimpleUnet):
+        def forward(self, x, t):
+            return 2.2 * model(x, t) - 1.2 * guide(x, t)
+
+    with torch.no_grad():
+        expected = scriptc.sample(Guided((8,), 16), 2, 4)
+    assert torch.allclose(scriptc.sample(model, 2, 8, guidance=1.2), expected, atol=1e-4)
+
+
 def test_an_image_is_the_same_however_many_are_drawn_with_it():
     model = random_network(image_size=16)
     five = scriptc.sample(model, 5, 4, seed=7)

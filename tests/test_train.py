@@ -118,6 +118,21 @@ def test_load_model_gives_the_averaged_network_that_was_saved(trained):
     assert model(torch.randn(2, 3, 16, 16), torch.tensor([3, 900])).shape == (2, 3, 16, 16) and not model.training
 
 
+def test_the_guide_is_the_averaged_network_as_it_was_earlier(trained, folder):
+    guide, = scriptc.load_model(trained / "checkpoint.pth").guides
+    assert same(dict(guide.state_dict()), dict(checkpoint(trained)["guide"]))
+    assert not same(dict(guide.state_dict()), dict(checkpoint(trained)["ema"]))
+    assert run(folder, *SMALL, "--max-steps", 1).returncode == 0
+    assert same(dict(checkpoint(folder)["guide"]), dict(checkpoint(folder)["ema"]))
+
+
+def test_a_checkpoint_without_a_guide_still_draws(trained, folder):
+    saved = checkpoint(trained)
+    del saved["guide"]
+    scriptc.save_checkpoint(folder / "checkpoint.pth", saved)
+    assert scriptc.sample(scriptc.load_model(folder / "checkpoint.pth"), 2, 4).isfinite().all()
+
+
 def test_the_loss_falls_on_a_tiny_set(folder):
     assert run(folder, *SMALL, "--epochs", 60, "--lr", 0.005, "--precision", "fp32").returncode == 0
     rows = table(folder)
@@ -203,7 +218,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, preci
 
     assert run(folder, *flags).returncode == 0
     one, other = checkpoint(folder), checkpoint(whole)
-    assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "epoch", "step", "images_seen"))
+    assert all(same(one[part], other[part]) for part in ("model", "ema", "guide", "optimizer", "epoch", "step", "images_seen"))
     timeless = [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in table(folder)]
     assert timeless == [{key: row[key] for key in timeless[0]} for row in table(whole)]
     grid = f"results/epoch_40_step_{one['step']}.png"

@@ -63,6 +63,7 @@ VARIANTS = {  # name: [(text in scriptc.py, what stands there instead), ...]
                               ("if weight.ndim != 4 or weight in plain]", "]"), ("default=8e-3", "default=2e-3")],
     "no mirroring": [("device=device) < 0.5\n", "device=device) < 0\n")],
     "average over a fifth of the run": [("EMA_POWER = 12", "EMA_POWER = 5")],
+    "no guide": [("GUIDANCE, GUIDE_AT = 1,", "GUIDANCE, GUIDE_AT = 0,")],
     "timesteps drawn one by one": [("strata = torch.arange(batch, device=device) + torch.rand(",
                                     "strata = batch * torch.rand(")],
 }

@@ -53,7 +53,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--image-size", "16", "--channels", "8", "16", "--batch-size", "64", "--sample-steps", "3", "--device", "cpu")
-PARTS = ("model", "ema", "optimizer", "epoch", "step", "images_seen")  # of a checkpoint: what has to be equal
+PARTS = ("model", "ema", "guide", "optimizer", "epoch", "step", "images_seen")  # of a checkpoint: what has to be equal
 MEMORY = 500  # MB that a bad checkpoint may cost beyond a good one
 
 
@@ -475,7 +475,7 @@ def missing(chance, state, _):
 
 
 def swapped(chance, state, _, same_shape=True):
-    before, found = digest(state), list(tensors([state[name] for name in ("model", "ema", "optimizer")]))
+    before, found = digest(state), list(tensors([state[name] for name in ("model", "ema", "guide", "optimizer")]))
     while digest(state) == before:
         (one, i), (other, j) = chance.sample(found, 2)
         if (one[i].shape == other[j].shape) == same_shape:
