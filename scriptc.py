@@ -1214,7 +1214,7 @@ def train(args, saved, precision):
     model = build_network(vars(args), saved and saved["model"]).to(device, memory_format=torch.channels_last)
     ema = averaged_network(saved or {"config": vars(args), "ema": model.state_dict()}, args.checkpoint, device)
     guide, = ema.guides
-    weights, averages = list(model.parameters()), list(ema.parameters())
+    weights, averages, guide_weights = (list(network.parameters()) for network in (model, ema, guide))
     optimizer = Muon(model, args.lr, torch.bfloat16 if precision == "bf16" else torch.float32, Cores(device, 64))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     run = {name: saved[name] for name in FRESH_RUN} if saved else FRESH_RUN | {"history": []}
@@ -1375,9 +1375,10 @@ def train(args, saved, precision):
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 run["step"] += 1
-                torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / run["step"]) ** EMA_POWER)
-                if part < GUIDE_AT:
-                    torch._foreach_copy_(list(guide.parameters()), averages)
+                with torch.no_grad():
+                    torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / run["step"]) ** EMA_POWER)
+                    if part < GUIDE_AT:
+                        torch._foreach_copy_(guide_weights, averages)
 
                 run["images_seen"] += len(rows)
                 run["images_in_epoch"] += len(rows)
