@@ -1,45 +1,45 @@
 """Teach a network to draw faces of people who do not exist, by denoising diffusion.
 
-    python scriptc.py                  train on every image below fake_face/, or go on with the run begun there
-    python scriptc.py --demo           the same within a few minutes, on faces that it draws itself
-    python scriptc.py --sample 64      no training: draw 64 new faces with what the checkpoint has learnt
-    torchrun --nproc_per_node=2 scriptc.py      any of these on two cards, or two processes
+    python scriptc.py                         train on every image below fake_face/, or resume the run begun there
+    python scriptc.py --demo                  the same within a few minutes, on faces that the program draws itself
+    python scriptc.py --sample 64             no training: draw 64 new faces with the trained network
+    torchrun --nproc_per_node=2 scriptc.py    any of these with two processes, for instance one for each of two cards
 
-In reading order: settings, data, forward diffusion, network, sampling, pictures, checkpoint, training, main.
+Order of the file: settings, method (schedule, network, sampling), training, data, pictures, checkpoint, plumbing, main.
+Read settings and method first; they are the whole algorithm. `training_step` and `train` show how it is trained.
 
-The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), and names follow it: x_0 is
-an image in [-1, 1], x_t the same image with the noise of timestep t in it, alphas_cumprod[t] the paper's alpha-bar_t.
+The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols: x_0 is an
+image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's alpha-bar_t. Sampling
+adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
 """
 
 import time
 
-START = time.time()  # before the slow imports: --minutes counts from here
+START = time.time()  # before the slow imports, since --minutes includes them
 
 import argparse
 import contextlib
-import copy
 import csv
-import ctypes
+import dataclasses
 import datetime
+import functools
 import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import mmap
 import os
 import pathlib
+import secrets
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -47,7 +47,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -57,23 +56,23 @@ except ImportError:  # Windows
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 class UserError(Exception):
-    """What only the user can put right; the text is the sentence that says how."""
+    """An error that only the user can correct. Its text is one sentence that says how."""
 
 
 # ------------------------------------------------------------------------------------------------------- settings ----
 
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
-LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends: giving one replaces the three of the checkpoint
-STORED = NETWORK + LIMITS + ("dataroot", "results", "batch_size", "lr", "seed", "precision")
-DEMO = {"images": 2000, "size": 32, "minutes": 5}  # everything included, so under six minutes on two cores too
+LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the checkpoint
+STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
+DEMO_IMAGES, DEMO_SIZE, DEMO_MINUTES = 2000, 32, 5
 
 
 def whole_number(least, most=10**9, multiple_of=1):
-    """A type for argparse: an int from `least` to `most` that `multiple_of` divides."""
+    """An argparse type: an int from `least` to `most` that is a multiple of `multiple_of`."""
 
     def convert(text):
         number = int(text) if text.lstrip("+-").isdecimal() else None
@@ -86,7 +85,7 @@ def whole_number(least, most=10**9, multiple_of=1):
 
 
 def positive_number(most):
-    """A type for argparse: a float above 0, up to `most`."""
+    """An argparse type: a float above 0, up to `most`."""
 
     def convert(text):
         with contextlib.suppress(ValueError):
@@ -98,75 +97,79 @@ def positive_number(most):
 
 
 def build_parser():
-    """Every setting and its default: this is their only home."""
+    """Every setting, its default and its unit."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]    --help lists them",
-        description="Train a denoising diffusion network on a folder of faces, and draw new ones.",
-        epilog="What is not given comes from the checkpoint when there is one, else from the default in brackets.")
-    add = parser.add_argument
-    add("--dataroot", metavar="DIR", help="train on every image below it (fake_face beside this script)")
-    add("--results", metavar="DIR", help="for grids, curve and metrics (results beside this script)")
-    add("--checkpoint", metavar="FILE", help="created, later resumed from (model_checkpoint.pth beside this script)")
-    add("--image-size", metavar="PX", type=whole_number(16, 256, 16), default=64, help="side of the images (64)")
+        usage="%(prog)s [flags]", description="Train a denoising diffusion network on a folder of faces, and draw new ones.",
+        epilog="Training settings that are not given come from the checkpoint if there is one, else from the defaults.")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataroot", metavar="DIR", help="train on every image below this folder (default: fake_face beside the script)")
+    add("--results", metavar="DIR", help="pictures and metrics go here (default: results beside the script)")
+    add("--checkpoint", metavar="FILE",
+        help="created by the first run, resumed by later ones (default: model_checkpoint.pth beside the script)")
+    add("--demo", action="store_true",
+        help=f"needs no images: draws {DEMO_IMAGES} itself and trains {DEMO_MINUTES} minutes; keeps all in results/demo")
+    add = parser.add_argument_group("network").add_argument
+    add("--image-size", metavar="PX", type=whole_number(16, 256, 16), default=64,
+        help=f"side of the images in pixels, a multiple of 16 (default: 64, with --demo {DEMO_SIZE})")
     add("--channels", metavar="C", type=whole_number(8, 4096, 8), nargs="+",
-        help="width of the network at each resolution, first to last (by device)")
-    add("--batch-size", metavar="N", type=whole_number(1), default=128, help="images per optimiser step (128)")
-    add("--epochs", metavar="N", type=whole_number(1), help="passes over the images (100; else until --minutes...)")
-    add("--minutes", metavar="M", type=positive_number(1e6), help="wall-clock budget of the whole run, start-up included")
-    add("--max-steps", metavar="N", type=whole_number(1), help="stop after N optimiser steps in all")
-    add("--save-minutes", metavar="M", type=positive_number(1e6), default=10, help="longest time between checkpoints (10)")
-    add("--lr", metavar="X", type=positive_number(1), default=8e-3, help="highest learning rate (0.008)")
-    add("--timesteps", metavar="T", type=whole_number(10, 10_000), default=1000, help="of the diffusion (1000)")
-    add("--seed", metavar="S", type=whole_number(0), default=0, help="fixes weights, order, noise and samples (0)")
-    add("--device", choices=("cuda", "mps", "cpu"), help="(the first of these that is there)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(the fastest that trains well)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile (no)")
-    add("--demo", action="store_true", help="no images needed: train on drawn faces, everything in results/demo")
+        help="width of the network at each resolution, from the full one down (default: by device and image size)")
+    add("--timesteps", metavar="T", type=whole_number(10, 10_000), default=1000,
+        help="length of the diffusion (default: 1000)")
+    add = parser.add_argument_group("training").add_argument
+    add("--batch-size", metavar="N", type=whole_number(1), default=128,
+        help="images per optimizer step, over all processes (default: 128)")
+    add("--epochs", metavar="N", type=whole_number(1),
+        help="passes over the images (default: 100; no limit if --minutes or --max-steps is given)")
+    add("--minutes", metavar="M", type=positive_number(1e6),
+        help="wall-clock budget of the whole run, with start-up and last pictures (default: no limit)")
+    add("--max-steps", metavar="N", type=whole_number(1), help="stop after N optimizer steps (default: no limit)")
+    add("--lr", metavar="X", type=positive_number(1), default=8e-3, help="highest learning rate (default: 0.008)")
+    add("--seed", metavar="S", type=whole_number(0), default=0,
+        help="for initial weights, image order, noise and samples (default: 0)")
+    add("--save-minutes", metavar="M", type=positive_number(1e6), default=10,
+        help="time between two checkpoints; one more is saved at the end (default: 10)")
+    add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=whole_number(1), help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=whole_number(1), default=30, help="network evaluations per image (30)")
+    add("--sample-steps", metavar="K", type=whole_number(1), default=30,
+        help="network evaluations per image drawn (default: 30)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="default: auto, which is bf16 where the hardware has it, fp16 on older CUDA cards, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile the network with torch.compile (default: no)")
     return parser
 
 
-def read_settings(argv):
-    """(settings, checkpoint to go on from or None): the command line, completed by the checkpoint, then by defaults."""
+def read_settings(argv, config=None):
+    """The settings of the command line `argv`, completed by `config`, a checkpoint's settings, then by the defaults.
+
+    Touches no disk and no device. UserError where the command line contradicts the network of the checkpoint.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
-    untouched = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = {name: value for name, value in vars(parser.parse_args(argv, untouched)).items() if value is not None}
-    if args.demo and given.keys() & {"dataroot", "checkpoint"}:
-        parser.error("--demo draws its own faces and keeps all in results/demo: leave --dataroot and --checkpoint out")
-
-    folder = pathlib.Path(args.results or HERE / "results", "demo") if args.demo else HERE
-    args.checkpoint = pathlib.Path(args.checkpoint or folder / "model_checkpoint.pth")
-    with first_process_first():
-        if not args.sample:
-            check_writable(args.checkpoint.parent)
-            args.lock = lock(args.checkpoint)
-        saved = read_checkpoint(args.checkpoint)
-    config = dict(saved["config"]) if saved else {}
-    differ = [name for name in NETWORK if saved and given.get(name, config[name]) != config[name]]
-    if differ:
-        changes = [f"{flag(name)} {shown(config[name])} there, {shown(given[name])} here" for name in differ]
-        raise UserError(f"{args.checkpoint} holds another network ({', '.join(changes)}): leave "
-                        f"{' and '.join(map(flag, differ))} out to go on with it, or begin anew with --checkpoint NEW.pth")
-    if given.keys() & set(LIMITS):
-        config = {name: value for name, value in config.items() if name not in LIMITS}
-    vars(args).update(config | given | {"checkpoint": args.checkpoint})
-    if not (args.epochs or args.minutes or args.max_steps):
-        vars(args).update({"minutes": DEMO["minutes"]} if args.demo else {"epochs": 100})
-    if args.demo and not saved and "image_size" not in given:
-        args.image_size = DEMO["size"]
-    args.device = choose_device(args.device)
-    args.channels = args.channels or default_channels(args.device, args.image_size)
-    args.config = {name: vars(args)[name] for name in STORED}
-    halved = len(args.channels) - 1
-    if args.image_size % 2**halved:
-        raise UserError(f"--image-size {args.image_size} cannot be halved {halved} times, as --channels "
-                        f"{shown(args.channels)} would need: give fewer channels or another size")
-
+    if args.demo:
+        if args.dataroot or args.checkpoint:
+            parser.error("--demo draws its own faces and keeps all in results/demo: leave out --dataroot and --checkpoint")
+        parser.set_defaults(image_size=DEMO_SIZE)
+    if config:
+        limit_given = any(vars(args)[name] for name in LIMITS)
+        parser.set_defaults(**{name: config[name] for name in STORED if not (limit_given and name in LIMITS)})
+    args = parser.parse_args(argv)
+    if not any(vars(args)[name] for name in LIMITS):
+        args.minutes, args.epochs = (DEMO_MINUTES, None) if args.demo else (None, 100)
     args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
     args.dataroot = args.results / "faces" if args.demo else pathlib.Path(args.dataroot or HERE / "fake_face")
-    return args, saved
+    args.checkpoint = pathlib.Path(args.checkpoint or (args.results if args.demo else HERE) / "model_checkpoint.pth")
+    args.begin_anew = "--results NEW_FOLDER" if args.demo else "--checkpoint NEW.pth"
+    if changed := [name for name in NETWORK if config and vars(args)[name] != config[name]]:
+        changes = [f"{flag(name)} {shown(config[name])} there, {shown(vars(args)[name])} here" for name in changed]
+        raise UserError(f"{args.checkpoint} holds another network ({', '.join(changes)}): leave out "
+                        f"{' and '.join(map(flag, changed))} to resume it, or begin a new run with {args.begin_anew}")
+    if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
+        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as --channels "
+                        f"{shown(args.channels)} requires: give fewer channels or another size")
+    return args
 
 
 def flag(name):
@@ -177,318 +180,31 @@ def shown(value):
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def duration(seconds):
-    hours, minutes = divmod(round(seconds) // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+def default_channels(device, image_size):
+    """Default width of the network at each resolution: small enough for a CPU to draw faces within minutes."""
+    if device.type == "cuda":
+        return [64, 128, 256, 512]
+    return [32, 64, 64, 256] if image_size <= 32 else [32, 32, 64, 192]
 
 
-def say(line):
-    """A line that stays, above the progress bar if there is one; of several processes the first one talks."""
-    if RANK == 0:
-        tqdm.write(line)
-
-
-def join_processes():
-    """Make one group of the processes that torchrun has started."""
-    store, *_ = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else torchrun's restarts find addresses of dead processes
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK, world_size=PROCESSES,
-                            store=dist.PrefixStore(f"attempt {attempt}", store),
-                            timeout=datetime.timedelta(days=1))  # decoding and drawing are waited for
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """Of several processes, the first one runs the block alone, then all others do."""
-    if PROCESSES > 1 and RANK > 0:
-        dist.all_reduce(torch.zeros(1))
-    yield
-    if PROCESSES > 1 and RANK == 0:
-        dist.all_reduce(torch.zeros(1))
-
-
-def from_first_process(*numbers):
-    """These numbers as the first process has them, in every process: what depends on a clock or a signal is its to tell."""
-    if PROCESSES > 1:
-        told = torch.tensor(numbers, dtype=torch.float64)
-        dist.broadcast(told, 0)
-        numbers = told.tolist()
-    return numbers
-
-
-def track(items, total, what):
-    """Pass `items` on: behind a progress bar on a terminal, with a plain line every 30 s elsewhere."""
-    bar = tqdm(items, total=total, desc=what, unit="img", leave=False, disable=None if RANK == 0 else True)
-    said = time.time()
-    for done, item in enumerate(bar, 1):
-        yield item
-        if bar.disable and time.time() - said > 30:
-            say(f"{what}: {done} of {total}")
-            said = time.time()
-
-
-def check_writable(folder):
-    """Make `folder` if need be; UserError at once, not after hours, where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): "
-                        "name another with --results or --checkpoint") from None
-
-
-def lock(path):
-    """An open file whose lock holds the checkpoint at `path` for this run; UserError where another run has it.
-
-    The system lets go of the lock when the process ends, however it ends.
-    """
-    if RANK > 0:
-        return None
-    file = path.with_name(f".{path.name}.lock").open("a")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is training {path} at this moment: let it finish or stop it, or begin another with "
-                        "--checkpoint NEW.pth") from None
-    except OSError:  # a network drive that knows no locks
-        return file
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
-        left_over.unlink()
-    return file
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a file to write; it appears under `path` whole, or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left_over.stat().st_mtime > 3600:
-                left_over.unlink()
-    try:
-        with open(unfinished, "w+b") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-# ----------------------------------------------------------------------------------------------------------- data ----
-
-Image.init()
-FORMATS = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"}
-FORMATS = sorted(FORMATS & Image.OPEN.keys())  # the rest of what Pillow reads is no photographs, or runs other programs
-SUFFIXES = (".heic", ".heif", *(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
-MAX_PIXELS = 64_000_000
-HELD_OUT_ONE_IN = 20
-
-
-def generator(*key, device="cpu"):
-    """A random generator that depends on `key` alone, so that any moment of a run can be repeated from its number."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def read_image(path, size):
-    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Raises what Pillow does."""
-    with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"claims {image.width} x {image.height} pixels")
-        image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled while it is decoded, to no less than twice the need
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits a channel: Pillow would clip them
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return np.asarray(image)
-
-
-def decode(path, size):
-    """read_image for any file whatever: (pixels, "") or (None, the reason to skip it)."""
-    try:
-        if not os.path.isfile(path):
-            return None, "a folder" if os.path.isdir(path) else "not a file"
-        return (read_image(path, size), "") if os.path.getsize(path) else (None, "empty")
-    except UnidentifiedImageError:
-        return None, "not an image that Pillow can read"
-    except Exception as error:  # broken files make Pillow's decoders raise almost anything
-        return None, getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-@contextlib.contextmanager
-def quiet():
-    """While images are read: no warnings, nor what C libraries say of broken ones to the terminal; a progress bar stays."""
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with warnings.catch_warnings(), os.fdopen(os.dup(2), "w") as terminal, open(os.devnull, "w") as nowhere:
-        warnings.simplefilter("ignore")
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            with contextlib.redirect_stderr(terminal):
-                yield
-        finally:
-            os.dup2(terminal.fileno(), 2)
-
-
-def list_files(root):
-    """Sorted "name bytes modified", name relative to `root`, of every file below it, through links, but nothing hidden."""
-    files, walked, folders = [], set(), [""]
-    for folder in folders:  # which grows on the way
-        with contextlib.suppress(OSError):  # a folder that cannot be read
-            about = os.stat(os.path.join(root, folder))
-            entries = [] if (about.st_dev, about.st_ino) in walked else os.scandir(os.path.join(root, folder))
-            walked.add((about.st_dev, about.st_ino))  # for a link that leads back up
-            for entry in entries:
-                name, size, modified = os.path.join(folder, entry.name), 0, 0
-                if entry.name.startswith("."):
-                    continue
-                with contextlib.suppress(OSError):  # a link to nowhere, or gone since
-                    if entry.is_dir():
-                        folders.append(name)
-                        if not name.lower().endswith(SUFFIXES):
-                            continue
-                    elif entry.is_file():
-                        size, modified = entry.stat().st_size, entry.stat().st_mtime_ns
-                files.append(f"{name} {size} {modified}")
-    return sorted(files)
-
-
-def open_cache(path, size):
-    """(index, pixels) of a cache file; ({}, None) where there is none that is whole and of this image size."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            entry = file.getinfo("pixels")
-            if entry.compress_type != zipfile.ZIP_STORED or file.testzip():
-                return {}, None
-            index = json.loads(file.read("index.json"))
-        shape = (sum(not reason for reason in index.values()), size, size, 3)
-        with open(path, "rb") as file:
-            file.seek(entry.header_offset + 26)
-            start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        if math.prod(shape) != entry.file_size:
-            return {}, None
-        return index, np.memmap(path, np.uint8, "c", start, shape)
-    except Exception:  # what is in a damaged file can make the readers raise almost anything
-        return {}, None
-
-
-def write_cache(path, size, root, files, index, pixels):
-    """Write the cache of `files`: what an older cache (`index`, `pixels`) knows of them is copied, the rest decoded."""
-    rows = {file: row for row, file in enumerate(file for file, reason in index.items() if not reason)}
-
-    def read(file):
-        if file in index:
-            return pixels[rows[file]] if file in rows else None, index[file]
-        return decode(os.path.join(root, file.rsplit(" ", 2)[0]), size)
-
-    written, interrupt = {}, None
-    with replacing(path) as out, zipfile.ZipFile(out, "w") as archive, ThreadPool(os.cpu_count()) as pool, quiet():
-        parts = (pool.map(read, files[first : first + 256], 4) for first in range(0, len(files), 256))  # few in memory
-        images = track(itertools.chain.from_iterable(parts), len(files), f"reading images at {size} px")
-        try:
-            with archive.open("pixels", "w", force_zip64=True) as stream:
-                for file, (image, reason) in zip(files, images):
-                    if image is not None:
-                        stream.write(image.data)
-                        release(pixels)
-                    written[file] = reason
-        except KeyboardInterrupt as stopped:  # what is done is kept: the next start goes on from it
-            interrupt = stopped
-        archive.writestr("index.json", json.dumps(written))
-    if interrupt:
-        raise interrupt
-
-
-def release(pixels):
-    """Keep what was read of memory-mapped `pixels` out of this process's memory: the system's page cache has it."""
-    if pixels is not None and hasattr(pixels._mmap, "madvise"):
-        pixels._mmap.madvise(mmap.MADV_DONTNEED)
-
-
-def load_images(root, size, results):
-    """Every good image below `root`, decoded once, then kept in a cache file that follows the folder.
-
-    The cache is in `root`, or in `results` where `root` cannot be written. It is a zip file, uncompressed, of "pixels",
-    (N, size, size, 3) uint8, and "index.json", {"name bytes modified": reason to skip it or ""} in the same order, where
-    modified is in ns. It is only ever replaced whole, so neither a kill nor a second training can spoil it, and a start
-    compares all of it with the zip file's checksums (2 GB/s) before it believes it.
-
-    Returns (names, memory-mapped pixels in that order, {name: reason} of the skipped, path of the cache).
-    """
-    files = list_files(root)
-    places = [pathlib.Path(folder, f".faces_{size}px.cache") for folder in (root, results)]
-    path, (index, pixels) = max(((path, open_cache(path, size)) for path in places), key=lambda found: len(found[1][0]))
-    if list(index) != files:
-        for path in places:
-            try:
-                write_cache(path, size, root, files, index, pixels)
-                break
-            except OSError as error:
-                trouble = error
-        else:
-            raise UserError(f"the image cache can be written neither in {root} nor in {results}: {trouble}")
-        index, pixels = open_cache(path, size)
-    reasons = {file.rsplit(" ", 2)[0]: reason for file, reason in index.items()}
-    names = [name for name, reason in reasons.items() if not reason]
-    skipped = {name.encode(errors="backslashreplace").decode(): reason for name, reason in reasons.items()
-               if reason and name.lower().endswith(SUFFIXES)}
-    if len(names) < 2:
-        raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
-                        f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, "
-                        "or name a folder of images with --dataroot (--demo needs none)")
-    return names, pixels, skipped, path
-
-
-def split(names):
-    """Row numbers (train, held out): the hash of its name decides, so an image keeps its side as the folder grows."""
-    hashes = np.array([zlib.crc32(os.fsencode(os.path.basename(name))) for name in names])
-    held_out = hashes % HELD_OUT_ONE_IN == 0
-    held_out[hashes.argmin()] |= not held_out.any()
-    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
-
-
-class Faces:
-    """The cached pixels as batches on a device: kept on the card where they fit it easily, else read as needed."""
-
-    def __init__(self, pixels, device):
-        self.device, self.mapped = device, pixels
-        self.pixels = torch.from_numpy(pixels)
-        if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.pixels = self.pixels.to(device)
-
-    def batch(self, rows, flip=None):
-        """Images x_0 (B, 3, S, S) in [-1, 1], channels last, of `rows` (B,), mirrored where `flip` (B,) is True."""
-        images = self.pixels[rows.to(self.pixels.device)]
-        release(self.mapped)
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()
-        images = images.to(self.device, non_blocking=True)
-        if flip is not None:
-            images = torch.where(flip[:, None, None, None], images.flip(2), images)
-        return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-# ---------------------------------------------------------------------------------------------- forward diffusion ----
+# --------------------------------------------------------------------------------------------------------- method ----
 
 
 def linear_beta_schedule(timesteps):
     """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4), for any T from 10 up.
 
-    The paper's 1e-4 to 0.02 are for T = 1000. With fewer steps each has to add more noise, else part of the image is
-    left at the end and samples, which start from pure noise, come out washed; so the ends are scaled by 1000 / T.
-    The product of 1 - beta is below 1e-4 for every T.
+    The paper's range, 1e-4 to 0.02, is for T = 1000. A shorter diffusion with the same betas leaves a part of the image at
+    the end, although samples start from pure noise. So the range is scaled by 1000 / T. The product of 1 - beta is below
+    1e-4 for every T.
     """
     scale = 1000 / timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
 
 
 def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
-    """Noise images to their timesteps at once: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4).
+    """Noise images in closed form: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, equation 4).
 
-    x_0 (B, 3, S, S), t (B,) in [0, T), alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), shaped as x_0.
+    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), shaped as x_0.
     """
     if noise is None:
         noise = torch.randn_like(x_0)
@@ -496,7 +212,24 @@ def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
     return (a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise).to(x_0.dtype), noise
 
 
-# -------------------------------------------------------------------------------------------------------- network ----
+DENSITY_MEAN, DENSITY_DEVIATION = 1.0, 2.5  # of lambda at 32 px
+
+
+def timestep_density(timesteps, image_size):
+    """Probability (T,), float64, with which the training draws each timestep.
+
+    With linear betas, half of all timesteps are almost pure noise, where the network can learn little. So timesteps are
+    drawn such that the log signal-to-noise ratio lambda = log(a_t / (1 - a_t)) has a normal density: the probability of t is
+    proportional to normal(lambda_t; mean, deviation) |d lambda / dt| (Hang et al. 2024, arXiv:2407.03297). In an image of
+    twice the side, noise of the same level hides half as much, so the mean is less by log 4 for each doubling (Hoogeboom et
+    al. 2023, arXiv:2301.11093).
+    """
+    a = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)
+    log_snr = torch.log(a / (1 - a))
+    mean = DENSITY_MEAN - math.log(4) * math.log2(image_size / 32)
+    slope = torch.gradient(log_snr)[0].abs()
+    density = torch.exp(-0.5 * ((log_snr - mean) / DENSITY_DEVIATION) ** 2) * slope
+    return density / density.sum()
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
@@ -514,43 +247,44 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions around which x passes unchanged; in between, the time scales and shifts every channel."""
+    """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each channel.
+
+    x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W).
+    """
 
     def __init__(self, c_in, c_out, c_time):
         super().__init__()
         self.norm = nn.GroupNorm(8, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(c_time, 2 * c_out)
+        self.time_projection = nn.Linear(c_time, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # each block begins as the identity: deep networks then train from step one
+        nn.init.zeros_(self.conv2.weight)  # at first the block is the identity, which makes deep networks easy to train
         nn.init.zeros_(self.conv2.bias)
         self.match = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, time):
-        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, x, time_embedding):
+        scale, shift = self.time_projection(time_embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm(x)))
         h = self.conv2(F.silu(h * (1 + scale) + shift))
         return self.match(x) + h
 
 
 class SimpleUnet(nn.Module):
-    """Predicts the noise in x_t. A contracting path halves the image and deepens its features at each of `channels`; a
-    bottleneck; an expanding path doubles it again, at each resolution handed the contracting path's features (skip
-    connections, Ronneberger et al. 2015) and, in every block, the time.
+    """Predicts the noise in x_t. A contracting path halves the image and deepens the features at each of `channels`; then
+    a bottleneck; then an expanding path doubles the image again. At each resolution the expanding path also gets the
+    features of the contracting path (skip connections, Ronneberger et al. 2015). Every block gets the time embedding.
 
-    The output F of these layers becomes noise as sqrt(1 - a_t) x_t + sqrt(a_t) F, with a_t from alphas_cumprod: at the
-    noisy end x_t itself is the best guess of the noise, and no layer has to copy it there (F is the v of Salimans & Ho
-    2022, arXiv:2202.00512). `image_size` (px, divisible by 2 as often as it is halved) and `timesteps` are what it is
-    trained for: sample() and load_model() read them.
+    The layers compute F, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) F with a_t = alphas_cumprod[t]. Near pure
+    noise x_t itself is the best prediction, and so no layer has to copy it (F is the v of Salimans & Ho 2022,
+    arXiv:2202.00512, with the opposite sign). `image_size` (px) must be divisible by 2 ** (len(channels) - 1).
     """
 
     def __init__(self, channels=(32, 32, 64, 192), image_size=64, timesteps=1000):
         super().__init__()
         self.image_size, self.timesteps = image_size, timesteps
-        self.guides = ()  # for sample(): this network as it was earlier. A tuple, so that it is no part of the weights
         c_time = 256
-        self.time = nn.Sequential(SinusoidalPositionEmbeddings(64), nn.Linear(64, c_time), nn.SiLU(),
-                                  nn.Linear(c_time, c_time), nn.SiLU())
+        self.time_mlp = nn.Sequential(SinusoidalPositionEmbeddings(64), nn.Linear(64, c_time), nn.SiLU(),
+                                      nn.Linear(c_time, c_time), nn.SiLU())
         self.first = nn.Conv2d(3, channels[0], 3, padding=1)
         narrow, wide = channels[:-1], channels[1:]
         self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
@@ -565,98 +299,611 @@ class SimpleUnet(nn.Module):
 
     def forward(self, x, t):
         """x (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S, S)."""
-        x_t, time, skips = x, self.time(t), []
-        x = self.first(x.contiguous(memory_format=torch.channels_last))
+        x_t, time_embedding, skips = x, self.time_mlp(t), []
+        x = self.first(x)
         for level, block in enumerate(self.down):
-            x = block(x, time)
+            x = block(x, time_embedding)
             skips.append(x)
             if level < len(self.shrink):
                 x = self.shrink[level](x)
         for block in self.bottleneck:
-            x = block(x, time)
+            x = block(x, time_embedding)
         for level in reversed(range(len(self.up))):
-            x = self.up[level](torch.cat((x, skips[level]), dim=1), time)
+            x = self.up[level](torch.cat((x, skips[level]), dim=1), time_embedding)
             if level > 0:
                 x = F.interpolate(self.grow[level - 1](x), scale_factor=2)
         a_t = self.alphas_cumprod[t][:, None, None, None]
         return (1 - a_t).sqrt() * x_t + a_t.sqrt() * self.last(x)
 
 
-# ------------------------------------------------------------------------------------------------------- sampling ----
-
-SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, how many estimates of x_0 make a step
+SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, how many estimates of x_0 a step uses
     "ddpm": (1, 1),  # ancestral sampling, Ho et al. 2020, algorithm 2
     "ddim": (0, 1),  # deterministic, Song et al. 2021 (arXiv:2010.02502)
     "dpm++": (0, 2),  # DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095)
     "sde-dpm++": (1, 2),  # its stochastic form
 }
-GUIDANCE, GUIDE_AT = 1, 0.6  # how far a guide is left behind; it is the network after that part of training
+
+
+def sampling_timesteps(timesteps, steps):
+    """At most `steps` of the T timesteps, from the last to 0, quadratically closer towards 0, where detail is decided
+    (Song et al. 2021, appendix D.2). With `steps` >= T, all of them."""
+    if steps >= timesteps:
+        return list(range(timesteps - 1, -1, -1))
+    return (torch.linspace(1, 0, steps).square() * (timesteps - 1)).round().long().unique().flip(0).tolist()
 
 
 @torch.no_grad()
-def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None,
-           guidance=GUIDANCE):
-    """Draw `count` images, (count, 3, S, S) float32 in [-1, 1], from a SimpleUnet that has been trained.
+def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
+    """Draw `count` images, (count, 3, S, S) float32 in [-1, 1] on the CPU, from a trained SimpleUnet.
 
-    Every sampler of SAMPLERS is the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod) for the
-    image's share, b = sqrt(1 - alphas_cumprod) for the noise's, and q = (b_s / a_s) / (b_t / a_t):
+    Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod), the share
+    of the image, b = sqrt(1 - alphas_cumprod), the share of the noise, and q = (b_s / a_s) / (b_t / a_t):
 
         x_s = (b_s / b_t) q^eta x_t  +  a_s (1 - q^(1 + eta)) x_0  +  b_s sqrt(1 - q^(2 eta)) fresh noise
 
-    where x_0, what the network takes the clean image to be, is clipped to [-1, 1] and, for order 2, extrapolated from
-    this and the last estimate. eta = 1, order 1 over all timesteps is exactly Ho et al.'s ancestral sampling.
+    x_0 is the clean image that follows from the predicted noise, clipped to [-1, 1] and, for order 2, extrapolated from
+    this and the last estimate. eta = 1 with order 1 over all timesteps is the ancestral sampling of Ho et al. 2020.
 
-    Where the model has a guide, itself as it was earlier in training, the predicted noise is noise + guidance (noise -
-    guide's noise): what training has mended so far is mended further ("autoguidance", Karras et al. 2024, arXiv:2406.02507).
-    As it takes two evaluations a step, there are half as many steps; guidance=0 leaves the guide out.
-
-    `steps` is the number of network evaluations, at timesteps that lie quadratically closer towards the end, where the
-    detail is decided (Song et al. 2021, appendix D.2). Image i of a `seed`, counted from `first`, is the same however many
-    are drawn with it. `on_step(step, x)`, if given, is called with the images after each step; what is true ends it.
+    `steps` is the number of network evaluations. Image i of a `seed`, counted from `first`, does not depend on `count`.
+    `on_step(x_t, x_0)`, if given, is called before each step; return True to stop early.
     """
     device = next(model.parameters()).device
     eta, order = SAMPLERS[sampler]
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    guides = [guide.to(device) for guide in getattr(model, "guides", ()) if guidance and steps > 1]
-    steps //= 1 + len(guides)
-
-    def fresh_noise():
-        size = model.image_size
-        noise = torch.stack([torch.randn(3, size, size, generator=stream, device=device) for stream in streams])
-        return noise.contiguous(memory_format=torch.channels_last)
-
-    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(model.timesteps), 0)
-    if steps < model.timesteps:
-        visited = (torch.linspace(1, 0, steps).square() * (model.timesteps - 1)).round().long().unique().flip(0).tolist()
-    else:
-        visited = range(model.timesteps - 1, -1, -1)
-    a = [*alphas_cumprod[list(visited)].sqrt().tolist(), 1.0]  # the last step leads to the clean image
-    b = [*(1 - alphas_cumprod[list(visited)]).sqrt().tolist(), 0.0]
-    x, x_0_before, q_before = fresh_noise(), None, None
+    visited = sampling_timesteps(model.timesteps, steps)
+    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(model.timesteps), 0)[visited]
+    a = [*alphas_cumprod.sqrt().tolist(), 1.0]  # the last step leads to the clean image
+    b = [*(1 - alphas_cumprod).sqrt().tolist(), 0.0]
+    x, x_0_before, q_before = randn(streams, model.image_size), None, None
     for step, t in enumerate(visited):
-        at = torch.full((count,), t, device=device)
         with autocast(device, precision):
-            noise = model(x, at).float()
-            for guide in guides:
-                noise = noise + guidance * (noise - guide(x, at).float())
+            noise = model(x, torch.full((count,), t, device=device)).float()
         x_0 = ((x - b[step] * noise) / a[step]).clamp(-1, 1)
+        if on_step and on_step(x, x_0):
+            break
         q = (b[step + 1] / a[step + 1]) / (b[step] / a[step])
         estimate = x_0
         if order == 2 and step and q > 0:
             estimate = x_0 + (x_0 - x_0_before) * math.log(q) / math.log(q_before) / 2
         x = (b[step + 1] / b[step]) * q**eta * x + a[step + 1] * (1 - q ** (1 + eta)) * estimate
         if eta and q > 0:
-            x = x + b[step + 1] * math.sqrt(1 - q ** (2 * eta)) * fresh_noise()
+            x = x + b[step + 1] * math.sqrt(1 - q ** (2 * eta)) * randn(streams, model.image_size)
         x_0_before, q_before = x_0, q
-        if on_step and on_step(step, x):
-            break
     return x.cpu()
+
+
+def randn(streams, size):
+    """Standard normal noise (len(streams), 3, size, size), each image from its own torch.Generator."""
+    noise = torch.stack([torch.randn(3, size, size, generator=stream, device=stream.device) for stream in streams])
+    return noise.contiguous(memory_format=memory_format(noise.device))
+
+
+def generator(*key, device="cpu"):
+    """A random generator that depends on `key` alone, so that any moment of a run can be repeated."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def autocast(device, precision):
     """The context in which the network computes in `precision` ("fp32", "bf16" or "fp16") on `device`."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, types.get(precision), enabled=precision in types)
+
+
+def memory_format(device):
+    """The layout of images and weights that convolutions of `device` are fastest in."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+# ------------------------------------------------------------------------------------------------------- training ----
+
+WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
+EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
+CPU_PIXELS = 128 * 64**2  # most pixels of a micro-batch on a CPU, which would swap rather than run out of memory
+IMAGES_PER_CORE = 32  # with fewer images for each core, all cores together are faster
+HELDOUT_MOST = 512  # held-out images that the error is measured on
+DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
+BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
+LOOK_SECONDS, PAGE_SECONDS, LOG_SECONDS = 0.5, 5, 30  # between updates of the bar, of index.html, of a log file
+
+# a, b, c of each iteration S <- a S + b S^3 + c S^5: the ones that bring singular values from 0.01 to 1 closest to 1 in
+# three iterations, found as in Amsel et al. 2025 (arXiv:2505.16932, section 3). The results lie between 0.73 and 1.27.
+NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
+
+def orthogonalize(x):
+    """Matrices x = U S V' (K, M, N) to about U V' (K, M, N), by Newton-Schulz iterations.
+
+    Each one multiplies x by a polynomial in the Gram matrix x x'. The polynomials are multiplied first and x last, since
+    the Gram matrix only has the shorter side of x, which for a 3 x 3 convolution is at most a ninth of the longer one.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    for a, b, c in NEWTON_SCHULZ:
+        polynomial = b * gram + c * gram @ gram
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        gram, product = polynomial @ gram @ polynomial, polynomial @ product
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolution kernels (outputs, inputs, 3, 3).
+
+    The momentum of a kernel's gradient, a matrix (outputs, inputs x 3 x 3), is orthogonalized before it is subtracted, so
+    that an update is as large in rare directions as in common ones. With the factor 0.2 sqrt(longer side) (Liu et al.
+    2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning rate serves both.
+    """
+
+    def __init__(self, weights, lr, momentum=0.9):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def step(self):
+        """One update of all kernels; those of one shape are orthogonalized together."""
+        group, updates = self.param_groups[0], {}
+        for weight in group["params"]:
+            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+            updates.setdefault(weight.shape, []).append((weight, weight.grad.lerp(momentum, group["momentum"])))
+        for pairs in updates.values():
+            matrices = torch.stack([update.permute(0, 2, 3, 1).flatten(1) for _, update in pairs])  # as they lie in memory
+            rate = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"]
+            for (weight, _), update in zip(pairs, orthogonalize(matrices) * -rate):
+                kernel = weight.permute(0, 2, 3, 1)
+                kernel.add_(update.reshape(kernel.shape))
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. All of it is in the checkpoint."""
+
+    epoch: int = 0  # whole epochs
+    step: int = 0  # optimizer steps
+    images_seen: int = 0
+    images_in_epoch: int = 0  # those of images_seen that belong to the current epoch
+    losses: list = dataclasses.field(default_factory=lambda: [0.0, 0.0])  # sum and number of this epoch's batch errors
+    seconds: float = 0.0  # of all starts together, start-up included
+    first_step: float = 0.0  # `seconds` at the first step
+    history: list = dataclasses.field(default_factory=list)  # rows of metrics.csv
+    images: int = 0  # identifies the set of training images of the current epoch
+    heldout: list = dataclasses.field(default_factory=list)  # identify the held-out images that are compared over time
+    finished: bool = False
+
+
+class Run:
+    """One training run: what does not change (settings, data, networks), and `at`, how far it has come."""
+
+    def __init__(self, args, device, saved=None):
+        """Begin a run with the settings `args`, or resume the checkpoint `saved`."""
+        fields = [field.name for field in dataclasses.fields(Progress)]
+        self.args, self.device, self.precision = args, device, choose_precision(args.precision, device)
+        self.at = at = Progress(**{name: saved[name] for name in fields} if saved else {})
+        with rank_0_first():
+            names, pixels, self.skipped = load_images(args.dataroot, args.image_size, args.results)
+        self.train_rows, self.heldout_rows, at.heldout, images = split(names, at.heldout)
+        require_same(at.epoch, at.step, at.images_seen, images)
+        if images != at.images:  # the folder has changed: begin the epoch anew with the images of today
+            at.images, at.images_in_epoch, at.losses = images, 0, [0.0, 0.0]
+        at.history = [row for row in at.history if row[0] <= at.epoch]  # an interrupted epoch gets its row later
+        self.faces, self.saver = Faces(pixels, device), Saver(args.checkpoint, 60 * args.save_minutes)
+
+        torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm for each convolution
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.model = build_network(vars(args), saved and saved["model"], device)
+        self.ema = build_network(vars(args), saved["ema"] if saved else self.model.state_dict(), device)
+        self.ema.eval().requires_grad_(False)  # the average of the model's weights, which draws the pictures
+        self.network = torch.compile(self.model) if args.compile else self.model  # the model as training calls it
+        if PROCESSES > 1:
+            self.network = nn.parallel.DistributedDataParallel(self.network)
+        self.weights, self.averages = list(self.model.parameters()), list(self.ema.parameters())
+        self.cumulative_density = timestep_density(args.timesteps, args.image_size).cumsum(0).float().to(device)
+        self.optimizers = build_optimizers(self.model, args.lr, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        if saved:
+            self.scaler.load_state_dict(saved["scaler"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(saved["optimizer"][name])
+
+        self.cores = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
+        self.pool = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads, initargs=[1])
+        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # images that go through the network at once
+        if device.type == "cpu":
+            self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
+        self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
+        self.lr = self.drawing = self.evaluation = 0.0  # drawing: seconds spent on pictures; evaluation: of one image
+        self.begun, self.begun_seen = time.time(), at.images_seen  # of this start
+        self.begun_part = self.part_done()
+
+    def seconds(self):
+        """Seconds of all starts of this run together."""
+        return self.at.seconds + time.time() - START
+
+    def images_per_second(self):
+        return max(self.at.images_seen - self.begun_seen, 1e-9) / (time.time() - self.begun)
+
+    def part_done(self):
+        """The part of the run that is done, 0 to 1, by steps or by the clock, which counts from the first step on."""
+        at, args, images = self.at, self.args, len(self.train_rows)
+        epochs_left = max((args.epochs or math.inf) - at.epoch, 0)
+        steps_left = epochs_left and (math.ceil((images - at.images_in_epoch) / args.batch_size)
+                                      + (epochs_left - 1) * math.ceil(images / args.batch_size))
+        part = at.step / min(at.step + steps_left, args.max_steps or math.inf)
+        if args.minutes and at.step:
+            rest = 1.2 * (self.pictures_seconds(args.sample_steps) + self.saver.cost) + 1  # after the last step
+            part = max(part, (self.seconds() - at.first_step) / max(60 * args.minutes - rest - at.first_step, 0.1))
+        return min(part, 1.0)
+
+    def seconds_left(self):
+        part = self.part_done()
+        return (time.time() - self.begun) * (1 - part) / max(part - self.begun_part, 1e-9)
+
+    def pictures_seconds(self, steps):
+        """An estimate of the time for held-out error and pictures with `steps` evaluations for each image."""
+        evaluation = self.evaluation or 1 / (3 * self.images_per_second())  # forward and backward are about three
+        return (len(self.heldout_rows) + 64 * steps) * evaluation + 2
+
+    def state(self):
+        """What a checkpoint holds, as a copy on the CPU."""
+        at = dataclasses.asdict(self.at) | {"seconds": self.seconds(), "losses": self.losses.tolist()}
+        return snapshot({"version": VERSION, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                         "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                         "scaler": self.scaler.state_dict(), "config": {name: vars(self.args)[name] for name in STORED},
+                         **at})
+
+
+def build_optimizers(model, lr, device):
+    """Muon for convolution kernels, Adam for all other weights and for the first and last layer, which meet pixels.
+
+    The learning rate is a tensor on the device, so that a step can change it without waiting for the device.
+    """
+    plain = {*model.first.parameters(), *model.last.parameters()}
+    kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
+    others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
+    return {"muon": Muon(kernels, torch.tensor(lr, device=device)),
+            "adam": torch.optim.Adam(others, torch.tensor(lr, device=device), betas=(0.9, 0.99), fused=True)}
+
+
+def learning_rate(highest, part):
+    """The learning rate when the part `part` (0 to 1) of the run is done."""
+    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
+
+
+def random_draws(run, count):
+    """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device.
+
+    They depend on (seed, step) alone: they are the same after a restart and for any number of processes. The timesteps
+    follow timestep_density, one from each of `count` intervals of equal probability (stratified sampling).
+    """
+    stream, size = generator("step", run.args.seed, run.at.step, device=run.device), run.args.image_size
+    flip = torch.rand(count, generator=stream, device=run.device) < 0.5
+    quantile = (torch.arange(count, device=run.device) + torch.rand(count, generator=stream, device=run.device)) / count
+    t = torch.searchsorted(run.cumulative_density, quantile).clamp(max=run.args.timesteps - 1)
+    noise = torch.randn(count, size, size, 3, generator=stream, device=run.device).permute(0, 3, 1, 2)
+    return flip, t, noise.contiguous(memory_format=memory_format(run.device))
+
+
+def backward(run, rows, draws, part, is_last):
+    """Noise one micro-batch, predict the noise, L1 loss, backward. Returns its part of the batch's mean error and gradients.
+
+    `part` is the slice of the batch `rows` and of its random `draws`. With several processes DistributedDataParallel adds
+    up the gradients itself, after the last micro-batch, and none are returned.
+    """
+    flip, t, noise = (draw[part] for draw in draws)
+    x_t, _ = forward_diffusion(run.faces.batch(rows[part], flip), t, run.model.alphas_cumprod, noise)
+    with contextlib.nullcontext() if is_last or PROCESSES == 1 else run.network.no_sync():
+        with autocast(run.device, run.precision):
+            predicted = run.network(x_t, t)
+        loss = F.l1_loss(predicted.float(), noise, reduction="sum") / draws[-1].numel()
+        if PROCESSES == 1:
+            return loss.detach(), torch.autograd.grad(run.scaler.scale(loss), run.weights)
+        run.scaler.scale(loss * PROCESSES).backward()  # gradients are averaged over the processes, but losses add up
+        return loss.detach(), ()
+
+
+def accumulate_gradients(run, rows):
+    """The gradient of the batch of images `rows` (B,) into the weights. Returns the batch's mean error, ().
+
+    On a CPU each core computes its own micro-batches, so that no core waits for another after each operation. Where memory
+    is too small for a micro-batch, its size is halved and the same step repeated.
+    """
+    draws = random_draws(run, len(rows))
+    begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
+    while True:
+        count = max(1, math.ceil((end - begin) / run.micro_batch), min(run.cores, (end - begin) // IMAGES_PER_CORE))
+        bounds = [begin + (end - begin) * number // count for number in range(count + 1)]
+        parts, error = [slice(*pair) for pair in itertools.pairwise(bounds)], torch.zeros((), device=run.device)
+        compute = functools.partial(backward, run, rows, draws)
+        try:
+            results = (run.pool.map if min(count, run.cores) > 1 else map)(compute, parts, [*[False] * (count - 1), True])
+            for loss, gradients in results:  # in this order, so that a run repeats to the bit
+                error += loss
+                for weight, gradient in zip(run.weights, gradients):
+                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+            break
+        except RuntimeError as failure:
+            run.micro_batch = halved(math.ceil((end - begin) / count), failure)
+        for weight in run.weights:
+            weight.grad = None
+    if PROCESSES > 1:
+        dist.all_reduce(error)
+    return error
+
+
+def training_step(run, rows, part):
+    """One optimizer step on images `rows` (B,), row numbers in run.faces, when the part `part` (0 to 1) of the run is done.
+
+    A gradient that is not finite counts as zero, and so does the learning rate then. So nothing waits for the device.
+    """
+    error = accumulate_gradients(run, rows)
+    for optimizer in run.optimizers.values():
+        run.scaler.unscale_(optimizer)
+    finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
+    for weight in run.weights:
+        weight.grad = torch.where(finite, weight.grad, 0)
+    run.lr = learning_rate(run.args.lr, part)
+    for optimizer in run.optimizers.values():
+        optimizer.param_groups[0]["lr"].copy_(run.lr * finite)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    run.at.step += 1
+    run.at.images_seen += len(rows)
+    run.at.images_in_epoch += len(rows)
+    with torch.no_grad():
+        torch._foreach_lerp_(run.averages, run.weights, 1 - (1 - 1 / run.at.step) ** EMA_POWER)
+    run.losses += torch.where(finite, torch.stack((error, torch.ones_like(error))), 0)
+    run.bad_steps = torch.where(finite, 0, run.bad_steps + 1)
+
+
+@torch.no_grad()
+def heldout_loss(run):
+    """Mean L1 error of the averaged network on held-out images. Timesteps are uniform and, like the noise, the same every
+    time, so that runs of any timestep density can be compared."""
+    count, errors = len(run.heldout_rows), []
+    timesteps = ((torch.arange(count) + 0.5) / count * run.args.timesteps).long().to(run.device)
+    for part in (slice(first, min(first + run.micro_batch, count)) for first in range(0, count, run.micro_batch)):
+        streams = [generator("held-out", number, device=run.device) for number in range(part.start, part.stop)]
+        x_0, t, noise = run.faces.batch(run.heldout_rows[part]), timesteps[part], randn(streams, run.args.image_size)
+        with autocast(run.device, run.precision):
+            predicted = run.ema(forward_diffusion(x_0, t, run.model.alphas_cumprod, noise)[0], t)
+        errors.append(F.l1_loss(predicted.float(), noise, reduction="sum").item() / noise[0].numel())
+    return sum(errors) / count
+
+
+def batches_left(run):
+    """Row numbers (B,) of each batch that is left of this epoch. Their order depends on (seed, epoch) alone."""
+    order = torch.randperm(len(run.train_rows), generator=generator("order", run.args.seed, run.at.epoch))
+    rest = run.train_rows[order][run.at.images_in_epoch:].to(run.faces.pixels.device)
+    return rest.tensor_split(math.ceil(len(rest) / run.args.batch_size)) if len(rest) else ()
+
+
+def end_epoch(run, report, stop, at_end):
+    """Held-out error, metrics, log line and pictures of an epoch, or of the part of it with which the run ends."""
+    at, args, begun = run.at, run.args, time.time()
+    if RANK == 0 and at.images_in_epoch:
+        at.history.append([at.epoch + 1, at.step, at.images_seen, (run.losses[0] / run.losses[1]).item(), heldout_loss(run),
+                           run.lr, run.images_per_second(), run.seconds()])
+        report.end_epoch(at_end)
+    if at.images_in_epoch >= len(run.train_rows):
+        at.epoch, at.images_in_epoch = at.epoch + 1, 0
+        run.losses.zero_()
+    if RANK == 0:
+        write_metrics(at.history, args.results)
+        steps = args.sample_steps if at_end else max(1, args.sample_steps // 2)
+        if at_end or run.drawing + run.pictures_seconds(steps) < DRAWING_SHARE * (time.time() - run.begun):
+            draw_pictures(run, steps, stop)
+            run.drawing += time.time() - begun
+            run.evaluation = (time.time() - begun) / (len(run.heldout_rows) + 64 * steps)
+
+
+def train(run):
+    """Train to the end of the run. Returns the exit status: 0 finished, 130 stopped by Ctrl-C or SIGTERM."""
+    at, args, report, stop = run.at, run.args, Report(run), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the run, the second ends the program at once
+        signal.signal(number, lambda *_: os._exit(130) if stop else stop.append(True))
+    while True:
+        report.begin_epoch()
+        for rows in batches_left(run):
+            part, stopped = broadcast(run.part_done(), bool(stop))
+            if stopped or part >= 1 and at.step:
+                break
+            at.first_step = at.first_step or run.seconds()
+            training_step(run, rows, part)
+            if RANK == 0:
+                run.saver.save_if_due(run.state)  # writes in the background
+                report.step(len(rows))
+        report.bar.close()
+        at_end, stopped = broadcast(run.part_done() >= 1, bool(stop))
+        if not stopped:
+            warn_if_not_written(end_epoch, run, report, stop, at_end)
+        stopped, = broadcast(bool(stop))  # a last grid that Ctrl-C cut short is drawn at the next start
+        if not (at_end or stopped):
+            continue
+        at.finished = not stopped
+        if RANK == 0:
+            run.saver.save_last(run.state(), tries=1 if stopped else 3)
+            warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
+        if stopped:
+            say(f"Stopped after {at.step} steps, checkpoint saved: the same command resumes the run.")
+            return 130
+        say(f"Done in {duration(run.seconds())}. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
+        return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- data ----
+
+Image.init()
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+MAX_PIXELS = 64_000_000
+HELDOUT_ONE_IN = 20
+
+
+def read_image(path, size):
+    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Raises what Pillow does."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"claims {image.width} x {image.height} pixels")
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled while it is decoded, to no less than twice the size
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits per channel, which Pillow would clip
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return np.asarray(image)
+
+
+def decode(path, size):
+    """read_image for any file: (pixels, "") or (None, the reason to skip it)."""
+    try:
+        if not os.path.isfile(path):
+            return None, "not a file"
+        return (read_image(path, size), "") if os.path.getsize(path) else (None, "empty")
+    except UnidentifiedImageError:
+        return None, "not an image that this program can read"
+    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
+        return None, printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+def list_files(root):
+    """Sorted (name, bytes, modified in ns) of every file below `root`, through links, without hidden ones."""
+    files, visited = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:  # through a link
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            size, modified = 0, 0
+            with contextlib.suppress(OSError):  # a link to nowhere, or deleted since
+                size, modified = os.stat(path).st_size, os.stat(path).st_mtime_ns
+            files.append((os.path.relpath(path, root).replace(os.sep, "/"), size, modified))
+    return sorted(files)
+
+
+def open_cache(path, size, files):
+    """({(name, bytes, modified): reason to skip it or ""}, memory-mapped pixels) of the cache; ({}, None) if it is damaged.
+
+    `path` has the pixels of all files without a reason, (N, size, size, 3) uint8, then a random token; `path`.json has the
+    same token and, in the same order, [name, bytes, modified, reason] of all files.
+    """
+    try:
+        index_path, most = path.with_name(path.name + ".json"), 10_000 + sum(6 * len(name) + 2000 for name, *_ in files)
+        if not (path.is_file() and index_path.is_file() and index_path.stat().st_size < most):
+            return {}, None
+        saved = json.loads(index_path.read_text(encoding="utf-8"))
+        index = {(str(name), int(length), int(modified)): str(reason) for name, length, modified, reason in saved["files"]}
+        shape = (sum(not reason for reason in index.values()), size, size, 3)
+        with open(path, "rb") as file:
+            file.seek(math.prod(shape))
+            if file.read(100) != saved["token"].encode():
+                return {}, None
+        return index, np.memmap(path, np.uint8, "c", shape=shape)
+    except Exception:  # a damaged file can make the readers raise almost anything; the cache is written again
+        return {}, None
+
+
+def write_cache(path, size, root, files, index, pixels):
+    """Write the cache of `files`: copies what an older cache (index, pixels) has of them and decodes the rest."""
+    rows = {file: row for row, file in enumerate(file for file, reason in index.items() if not reason)}
+
+    def read(file):
+        if file in index:
+            return (pixels[rows[file]] if file in rows else None), index[file]
+        return decode(os.path.join(root, file[0]), size)
+
+    written, token, bar = [], secrets.token_hex(8), Bar(f"reading images at {size} px", len(files))
+    with replacing(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about single files
+        with contextlib.suppress(KeyboardInterrupt):  # the next start goes on from what is done
+            for first in range(0, len(files), 256):  # not all at once, which would fill the memory
+                for file, (image, reason) in zip(files[first:], pool.map(read, files[first:first + 256])):
+                    out.write(b"" if image is None else image.data)
+                    written.append([*file, reason])
+                    bar.update(1)
+        out.write(token.encode())
+    with replacing(path.with_name(path.name + ".json")) as out:
+        out.write(json.dumps({"token": token, "files": written}).encode())
+    bar.close()
+    if len(written) < len(files):
+        raise KeyboardInterrupt
+
+
+def load_images(root, size, results):
+    """Every good image below `root`, decoded once and then kept in a cache that follows the folder.
+
+    The cache is in `root`, or in `results` where `root` cannot be written. Returns (names, memory-mapped pixels in that
+    order, {name: reason} of skipped images). UserError where there are fewer than two images.
+    """
+    files = list_files(root)
+    for folder in (root, results):
+        path = pathlib.Path(folder, f".faces_{size}px.cache")
+        index, pixels = open_cache(path, size, files)
+        try:
+            if [*index] != files:
+                write_cache(path, size, root, files, index, pixels)
+                index, pixels = open_cache(path, size, files)
+            break
+        except OSError:
+            if folder == results:
+                raise
+    names = [name for (name, *_), reason in index.items() if not reason]
+    skipped = {name: reason for (name, *_), reason in index.items() if reason and name.lower().endswith(SUFFIXES)}
+    if len(names) < 2:
+        raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
+                        f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, "
+                        "or name a folder of images with --dataroot (--demo needs none)")
+    return names, pixels, skipped
+
+
+def split(names, compared=()):
+    """(training rows, held-out rows, hashes of the held-out rows, a number that identifies the training images).
+
+    The hash of an image's path below the data root decides, so an image stays on its side as the folder grows. The
+    held-out rows are those of the hashes `compared` while there are any, else the first HELDOUT_MOST.
+    """
+    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little") for name in names])
+    heldout, order = (hashes % HELDOUT_ONE_IN == 0) | np.isin(hashes, compared), hashes.argsort()
+    if heldout.all() or not heldout.any():  # neither side is ever empty
+        heldout[order[0]], heldout[order[-1]] = True, False
+    rows = order[heldout[order]]
+    known = rows[np.isin(hashes[rows], compared)]
+    rows = known if len(known) else rows[:HELDOUT_MOST]
+    return (torch.from_numpy(np.flatnonzero(~heldout)), torch.from_numpy(rows), hashes[rows].tolist(),
+            zlib.crc32(hashes[~heldout].tobytes()))
+
+
+class Faces:
+    """The cached pixels as batches on a device. They stay on a card if they take less than a quarter of its memory."""
+
+    def __init__(self, pixels, device):
+        self.device, self.mapped, self.pixels = device, pixels, torch.from_numpy(pixels)
+        if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.pixels = self.pixels.to(device)
+
+    def batch(self, rows, flip=None):
+        """Images x_0 (B, 3, S, S) in [-1, 1] of `rows` (B,), mirrored where `flip` (B,) is True."""
+        images, on_cuda = self.pixels[rows.to(self.pixels.device)], self.device.type == "cuda"
+        if hasattr(self.mapped._mmap, "madvise"):  # what was read stays in the system's page cache, but not in our memory
+            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
+        if on_cuda and images.device.type == "cpu":
+            images = images.pin_memory()
+        images = images.to(self.device, non_blocking=on_cuda)  # not on MPS: the source could be freed before it is copied
+        if flip is not None:
+            images = torch.where(flip[:, None, None, None], images.flip(2), images)
+        return to_x_0(images).contiguous(memory_format=memory_format(self.device))
+
+
+def to_x_0(pixels):
+    """Images (B, S, S, 3) uint8 as (B, 3, S, S) float32 in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 # ------------------------------------------------------------------------------------------------------- pictures ----
@@ -670,89 +917,104 @@ def to_image(x):
 
 
 def save_grid(images, path, columns=8):
-    """Images (N, 3, S, S), or a list of N, in [-1, 1] as one PNG, `columns` a row, padding 2."""
+    """Images (N, 3, S, S) in [-1, 1] as one PNG, `columns` a row, padding 2."""
     with replacing(path) as file:
         to_image(make_grid(images, nrow=columns, padding=2, pad_value=-1)).save(file, "PNG")
 
 
+def draw_pictures(run, steps, stop):
+    """Grid, denoising strip, loss curve and animation of this moment of the run, with `steps` evaluations for an image."""
+    folder, history, stages = run.args.results, run.at.history, []
+
+    def on_step(x_t, x_0):
+        stages.append((x_t[:4].cpu(), x_0[:4].cpu()))
+        return stop
+
+    images = draw(run.ema, 64, steps, run.args.seed, precision=run.precision, at_once=run.micro_batch, on_step=on_step)
+    if not stop:
+        save_grid(images, folder / "epoch_{}_step_{}.png".format(*history[-1]))
+        save_denoising([*stages[:steps], (images[:4], images[:4])], folder / "denoising.png")
+        save_animation([folder / name for *_, name in grids(folder, history)], folder / "progress.webp")
+    save_curve(history, folder / "loss.png")
+
+
 def save_denoising(stages, path, columns=10):
-    """Some of the `stages` (each (N, 3, S, S), noisiest first) side by side, one row per sample."""
-    chosen = [stages[round(number * (len(stages) - 1) / (columns - 1))] for number in range(columns)]
-    save_grid(torch.stack(chosen, dim=1).flatten(0, 1), path, columns)
+    """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same moments.
+
+    `stages` are pairs (x_t, x_0), each (N, 3, S, S), noisiest first. The moments are chosen such that the pictures change
+    equally from column to column.
+    """
+    pictures = torch.stack([torch.stack(pair, dim=1) for pair in stages])  # (moments, N, 2, 3, S, S)
+    change = F.pad(pictures.diff(dim=0).abs().flatten(1).mean(dim=1).cumsum(0), (1, 0))
+    chosen = torch.searchsorted(change, torch.linspace(0, 1, columns) * change[-1]).clamp(max=len(stages) - 1)
+    save_grid(pictures[chosen].permute(1, 2, 0, 3, 4, 5).flatten(0, 2), path, columns)
 
 
 def grids(folder, history):
     """[epoch, step, file name] of every grid of this run that is in `folder`, oldest first."""
-    there = set(os.listdir(folder))
-    named = [[epoch, step, f"epoch_{epoch}_step_{step}.png"] for epoch, step, *_ in history]
-    return [grid for grid in named if grid[2] in there]
+    named = ([epoch, step, f"epoch_{epoch}_step_{step}.png"] for epoch, step, *_ in history)
+    return [grid for grid in named if (folder / grid[2]).exists()]
 
 
-def save_animation(grids_drawn, folder, frames=60, side=1100):
-    """progress.webp: at most so many of the grids, evenly chosen, each at most so many pixels wide."""
-    count = min(frames, len(grids_drawn))
+def save_animation(paths, path, frames=60, side=1100):
+    """At most `frames` of the grids `paths`, evenly chosen, as a WebP animation at most `side` pixels wide."""
     pictures = []
-    for number in range(count):
-        with Image.open(folder / grids_drawn[number * (len(grids_drawn) - 1) // max(count - 1, 1)][2]) as picture:
-            whole = max(1, round(540 / picture.width))  # small pictures are shown larger, each pixel as a square
-            pictures.append(picture.convert("RGB").resize((whole * picture.width, whole * picture.height), 0))
+    for number in sorted({round(number) for number in np.linspace(0, len(paths) - 1, frames)}):
+        with Image.open(paths[number]) as picture:
+            scale = max(1, round(540 / picture.width))  # small pictures are enlarged, each pixel to a square
+            pictures.append(picture.convert("RGB").resize((scale * picture.width, scale * picture.height), 0))
             pictures[-1].thumbnail((side, side))
-    with replacing(folder / "progress.webp") as file:
+    with replacing(path) as file:
         pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], loop=0, quality=75,
-                         duration=[150] * (count - 1) + [2500])
+                         duration=[150] * (len(pictures) - 1) + [2500])
 
 
-def nearest(images, pixels):
-    """Each of `images` (N, 3, S, S) followed by the training image closest to it, as it is or mirrored: (2N, 3, S, S).
-
-    The distance is the mean squared difference of pixels; `pixels` is (M, S, S, 3) uint8.
-    """
-    flat = torch.cat((images, images.flip(3))).flatten(1)
-    least, closest = torch.full((len(flat),), math.inf), torch.zeros(len(flat), 3 * pixels.shape[1] ** 2)
-    for start in range(0, len(pixels), 1000):
-        some = torch.from_numpy(pixels[start:start + 1000]).permute(0, 3, 1, 2).flatten(1) / 127.5 - 1
-        distance, which = torch.cdist(flat, some).min(dim=1)
-        nearer = distance < least
-        least[nearer], closest[nearer] = distance[nearer], some[which[nearer]]
-    count, closest = len(images), closest.view(-1, *images.shape[1:])
-    mirrored = (least[count:] < least[:count])[:, None, None, None]
-    return torch.stack((images, torch.where(mirrored, closest[count:].flip(3), closest[:count])), dim=1).flatten(0, 1)
+def distances(images, pixels):
+    """Root of the summed squared differences (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, and
+    training images, pixels (M, S, S, 3) uint8."""
+    both = torch.stack((images, images.flip(3))).flatten(2)
+    parts = (to_x_0(torch.from_numpy(pixels[first:first + 1000])).flatten(1) for first in range(0, len(pixels), 1000))
+    return torch.cat([torch.cdist(both, part).amin(0) for part in parts], dim=1)
 
 
-def write_metrics(history, folder):
-    """metrics.csv, whole, so that no row is ever cut or there twice."""
-    with replacing(folder / "metrics.csv") as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        csv.writer(text).writerows([COLUMNS, *history])
+def save_nearest(images, pixels, path):
+    """Each of `images` (N, 3, S, S) beside the closest training image and a number below: their distance, divided by the
+    median distance between a training image and its closest other one. Returns the numbers (N,)."""
+    rows = np.linspace(0, len(pixels) - 1, min(len(pixels), 200)).astype(int)
+    between = distances(to_x_0(torch.from_numpy(pixels[rows])), pixels)
+    between[np.arange(len(rows)), rows] = math.inf
+    least, closest = distances(images, pixels).min(dim=1)
+    ratios = least / between.amin(1).median()
+    lines = math.ceil(len(images) / 4)
+    figure = new_figure(8, 1.2 * lines)
+    for number, axes in enumerate(figure.subplots(lines, 4, squeeze=False).flat):
+        axes.axis("off")
+        if number < len(images):
+            pair = [images[number], *to_x_0(torch.from_numpy(pixels[closest[number]][None]))]
+            axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
+            axes.set_title(f"{ratios[number]:.2f}", y=-0.25, fontsize=9)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return ratios
 
 
-def write_page(folder, **news):
-    """run.js, what index.html shows: one call, since a page that is opened from disk can load a script, but no data.
+def new_figure(width, height):
+    """A matplotlib figure, width x height inches; matplotlib is imported here, since that takes half a second."""
+    from matplotlib.figure import Figure
 
-    What `news` does not name stays as it was in the file.
-    """
-    data = {}
-    with contextlib.suppress(OSError, ValueError):
-        data = json.loads((folder / "run.js").read_text().removeprefix("show(").removesuffix(");\n"))
-    pictures = {name: f"{name}.png" if (folder / f"{name}.png").exists() else None
-                for name in ("denoising", "nearest", "samples")}
-    with replacing(folder / "run.js") as file:
-        file.write(f"show({json.dumps(data | news | pictures | {'updated': time.time()})});\n".encode())
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_curve(history, path):
-    """The loss curve: one point an epoch, against images seen."""
-    from matplotlib.figure import Figure  # here, since it takes half a second to import
-
+    """The loss curve: one point for each epoch, against images seen."""
     table = dict(zip(COLUMNS, zip(*history, strict=True), strict=True))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    style = {"marker": "."} if len(history) < 30 else {}
-    axes.plot(table["images_seen"], table["train_loss"], label="training images", color="tab:blue", **style)
-    axes.plot(table["images_seen"], table["heldout_loss"], label="held-out images (averaged weights)",
-              color="tab:orange", **style)
-    axes.set(xlabel="images seen", ylabel="L1 error of the predicted noise", xlim=(0, None))
+    for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images, averaged weights")):
+        axes.plot(table["images_seen"], table[name], label=label, marker="." if len(history) < 30 else None)
     lowest, median = min(table["train_loss"] + table["heldout_loss"]), sorted(table["train_loss"])[len(history) // 2]
-    axes.set_ylim(0.9 * lowest, max(1.3 * median, 1.05 * table["heldout_loss"][-1]))  # the first fall is off the top
+    axes.set(xlabel="images seen", ylabel="L1 error of the predicted noise", xlim=(0, None),
+             ylim=(0.9 * lowest, max(1.3 * median, 1.05 * table["heldout_loss"][-1])))  # cuts off the first fall
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -760,348 +1022,151 @@ def save_curve(history, path):
         figure.savefig(file, format="png", dpi=120)
 
 
+def write_metrics(history, folder):
+    """metrics.csv, always whole, so that no row is cut off or there twice."""
+    with replacing(folder / "metrics.csv") as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        csv.writer(text).writerows([COLUMNS, *history])
+
+
+def write_page(folder, run=None, status=None):
+    """run.js, the data of index.html: a function call, since a page that is opened from disk can load scripts only.
+
+    Without `run` only the list of pictures is renewed.
+    """
+    data, path = {}, folder / "run.js"
+    if run:
+        rows = run.at.history
+        data = {"state": status, "progress": run.part_done(), "seconds": run.seconds(), "seconds_left": run.seconds_left(),
+                "images_per_second": run.images_per_second(), "settings": describe(run), "columns": COLUMNS,
+                "history": rows[::-math.ceil(len(rows) / 1000) or -1][::-1], "grids": grids(folder, rows),
+                "grid": {"side": run.args.image_size, "padding": 2, "per_row": 8, "count": 64}}
+    elif path.exists():
+        data = json.loads(path.read_text(encoding="utf-8").removeprefix("show(").removesuffix(");\n"))
+    names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "metrics.csv")
+    data |= {"pictures": [name for name in names if (folder / name).exists()], "updated": time.time()}
+    with replacing(path) as file:
+        file.write(f"show({json.dumps(data)});\n".encode())
+
+
 # ----------------------------------------------------------------------------------------------------- checkpoint ----
 
-FRESH_RUN = {"epoch": 0, "step": 0, "images_seen": 0, "images_in_epoch": 0, "losses": [0.0, 0.0], "seconds": 0.0,
-             "history": [], "finished": False}  # epoch: whole ones; losses: sum and number in this epoch; history: rows
+VERSION = 2  # of the checkpoint's format and network
+RETRY_SECONDS = 30
 
 
-def before(path):
+def previous_path(path):
     """Where the checkpoint before the one at `path` is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
-
-
-def checksum(state, crc=0):
-    """CRC-32 of a nested state with all its names, types and shapes: nothing in it can be bent or swapped unseen."""
-    if isinstance(state, dict):
-        for name, value in state.items():
-            crc = checksum(value, zlib.crc32(repr(name).encode(), crc))
-        return crc
-    if isinstance(state, torch.Tensor):
-        crc = zlib.crc32(f"{state.dtype} {tuple(state.shape)}".encode(), crc)
-        return zlib.crc32(state.contiguous().view(-1).view(torch.uint8).numpy(), crc)
-    return zlib.crc32(repr(state).encode(), crc)
 
 
 def snapshot(state):
     """A copy of a nested state on the CPU, which training does not change any more."""
     if isinstance(state, dict):
         return {name: snapshot(value) for name, value in state.items()}
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else copy.deepcopy(state)
+    if isinstance(state, list):
+        return [snapshot(value) for value in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
 def save_checkpoint(path, state):
     """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before.
 
-    It is flushed to disk and read back before it takes the place of the old one. OSError or RuntimeError where that
-    fails, UserError where a weight is not finite: what stands at `path` then stays.
+    OSError or RuntimeError where that fails, UserError where a weight is not finite: the file at `path` then stays.
     """
-    state = {name: value for name, value in state.items() if name != "checksum"}
-    for part in ("model", "ema"):
-        if not all(weight.isfinite().all() for weight in state[part].values()):
-            raise UserError(f"the weights have grown beyond all numbers: {path} is sound, go on from it with a lower --lr")
+    if not all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values()):
+        raise UserError(f"the weights are not finite any more: resume {path}, which is good, with a lower --lr")
     with replacing(path) as file:
-        torch.save({**state, "checksum": checksum(state)}, file)
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-        try:
-            read_whole(file.name)
-        except Exception as error:
-            raise OSError(f"it could not be read back: {error}") from None
         if path.exists():
-            spare = path.with_name(f".{path.name}.previous.tmp")
-            spare.unlink(missing_ok=True)
+            spare = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
             try:
                 os.link(path, spare)  # a second name, so that there is a checkpoint at `path` at every moment
-                os.replace(spare, before(path))
+                os.replace(spare, previous_path(path))
             except OSError:  # a file system without links: at every moment there is one under one of the two names
-                os.replace(path, before(path))
+                os.replace(path, previous_path(path))
 
 
 def read_whole(path):
-    """The checkpoint in the file `path`, which cannot run code; what is cut, bent, foreign or a bomb raises any Exception."""
+    """The checkpoint in the file `path`. Raises if it is truncated, corrupt, not a checkpoint, or a decompression bomb.
+
+    Only tensors and plain values are loaded (weights_only), so nothing in the file is executed.
+    """
     with zipfile.ZipFile(path) as file:
-        if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
-            raise ValueError("it claims to hold more than it has")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
+            raise ValueError("it is damaged")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    if lacking := {"model", "ema", "optimizer", "scaler", "config", "checksum", *FRESH_RUN} - saved.keys():
-        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-    if saved.pop("checksum") != checksum(saved):
-        raise ValueError("it was damaged or altered: its checksum does not fit")
+    if saved.get("version") != VERSION:
+        raise ValueError("it is not from this version of the program")
     return saved
 
 
 def read_checkpoint(path):
-    """The dict at `path`, or the one before where that is missing or broken; None where there is none yet.
+    """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet.
 
-    A broken one is set aside, never overwritten. Raises UserError where there are files, but none that can be used.
+    A damaged one is renamed, never overwritten. UserError where there are files, but none that can be used.
     """
-    troubles = {}
-    for candidate in (path, before(path)):
-        if not candidate.exists():
-            continue
+    errors = {}
+    for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
             saved = read_whole(candidate)
-        except Exception as error:  # what is in a broken or foreign file can make the readers raise anything
-            troubles[candidate] = (str(error) or type(error).__name__).partition("\n")[0]
+        except Exception as error:  # a damaged or foreign file can make the readers raise anything
+            errors[candidate] = (str(error) or type(error).__name__).partition("\n")[0]
             continue
-        for bad, trouble in troubles.items():
-            aside = bad.with_name(f"{bad.name}.broken-{time.time():.0f}")
-            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays; --sample needs no more
-                os.replace(bad, aside)
-            say(f"{bad} cannot be read ({trouble}): it is set aside as {aside.name}, {candidate.name} is used")
+        for damaged, reason in errors.items():
+            renamed = damaged.with_name(f"{damaged.name}.broken-{time.time():.0f}")
+            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
+                os.replace(damaged, renamed)
+            say(f"{damaged} cannot be read ({reason}): it is renamed to {renamed.name}, and {candidate.name} is used")
         return saved
-    for bad, trouble in troubles.items():
-        raise UserError(f"{bad} is not a checkpoint that this program can go on from ({trouble}): move it away to "
-                        "begin anew, or name another with --checkpoint")
+    for damaged, reason in errors.items():
+        raise UserError(f"{damaged} is not a checkpoint that this program can resume ({reason}): move it away to begin anew")
     return None
 
 
-def build_network(config, weights=None):
-    """A SimpleUnet of the settings `config`, with `weights` (a state dict) if any; UserError where they do not fit."""
+def build_network(config, weights=None, device="cpu"):
+    """A SimpleUnet of the settings `config` with `weights`, a state dict or None; UserError where they do not fit."""
     model = SimpleUnet(**{name: config[name] for name in NETWORK})
     try:
         model.load_state_dict(weights or model.state_dict())
     except RuntimeError:
-        raise UserError("the checkpoint's weights do not fit its own settings, so it comes from another version of "
-                        "this program: begin a new one with --checkpoint NEW.pth") from None
-    return model
+        raise UserError("the checkpoint's weights do not fit its own settings: move it away to begin anew") from None
+    return model.to(device, memory_format=memory_format(torch.device(device)))
 
 
 def load_model(path, device="cpu"):
     """The averaged (EMA) SimpleUnet of the checkpoint at `path`, ready to evaluate; UserError where there is none."""
-    return averaged_network(read_checkpoint(pathlib.Path(path)), path, device)
-
-
-def averaged_network(saved, path, device):
-    """load_model for a checkpoint that has been read from `path` already."""
+    saved = read_checkpoint(pathlib.Path(path))
     if not saved:
         raise UserError(f"there is no checkpoint {path}: train first, or name another with --checkpoint")
-    model, guide = (build_network(saved["config"], weights).to(device, memory_format=torch.channels_last).eval()
-                    .requires_grad_(False) for weights in (saved["ema"], saved.get("guide", saved["ema"])))
-    model.guides = (guide,)
-    return model
-
-
-# ------------------------------------------------------------------------------------------------------- training ----
-
-WARM_UP = 0.01  # share of the run in which the learning rate rises, before it falls to zero along a straight line
-EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
-DRAWING_SHARE, ANIMATION_SHARE = 0.04, 0.003  # what pictures along the way may take of the time
-SAVING_SHARE = 0.05  # writing a checkpoint, beside training, may take this much of the time
-RETRY_SECONDS, PAGE_SECONDS = 30, 5
-CPU_PIXELS = 128 * 64**2  # in one piece through the network: two cores take some seconds for it
-HELD_OUT_MOST = 512
-BAD_STEPS = 20
-
-
-def choose_device(name):
-    """The torch.device for --device; UserError where PyTorch has none of that name."""
-    there = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                                      ("cpu", True)) if found]
-    if name and name not in there:
-        raise UserError(f"PyTorch finds no {name} device here: leave --device out to use {there[0]}")
-    device = torch.device(name or there[0])
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its card
-        torch.cuda.set_device(device)
-    return device
-
-
-def default_channels(device, image_size):
-    """The width of the network at each resolution: on a CPU such that faces come within minutes, on a card within hours."""
-    if device.type == "cuda":
-        return [64, 128, 256, 512]
-    return [32, 64, 64, 256] if image_size <= 32 else [32, 32, 64, 192]
-
-
-def choose_precision(name, device):
-    """The number format for --precision: of those that train well, the one the device is fastest in."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
-    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if fast else "fp32"
-
-
-# a, b, c of each iteration S <- a S + b S^3 + c S^5 are those that bring singular values of 0.01 to 1 closest to 1 in three,
-# found as in Amsel et al. 2025 (arXiv:2505.16932, section 3): they end between 0.73 and 1.27.
-NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolutions, Adam for all other weights.
-
-    A convolution's weight is the matrix W (outputs, inputs x 3 x 3). Its momentum M = U S V' is replaced by about U V', by
-    three Newton-Schulz iterations in `dtype`, so that a step is as long in the rare directions as in the common ones: it
-    gets as far in one step as Adam in several. With the factor 0.2 sqrt(longer side) (Liu et al. 2025, arXiv:2502.16982)
-    its entries are as large as Adam's, and one learning rate serves both.
-    """
-
-    def __init__(self, model, lr, dtype, cores):
-        plain = {*model.first.parameters(), *model.last.parameters()}  # those meet pixels, whose directions mean something
-        matrices = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
-        others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
-        super().__init__([{"params": matrices}, {"params": others, "steps": 0}], {"lr": lr})
-        self.dtype, self.cores = dtype, cores
-        for weight in matrices:
-            self.state[weight]["momentum"] = torch.zeros_like(weight)
-        for weight in others:
-            self.state[weight].update(mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
-
-    @torch.no_grad()
-    def step(self, finite):
-        """One update; none where `finite`, a bool tensor on the device so that nothing waits for it, is False."""
-        matrices, others = self.param_groups
-        keep = finite.float()
-
-        @torch.no_grad()
-        def update(weight):
-            gradient = torch.where(finite, weight.grad, 0)
-            momentum = self.state[weight]["momentum"]
-            momentum.mul_(1 - 0.1 * keep).add_(gradient, alpha=0.1)
-            x = gradient.lerp_(momentum, 0.9).permute(0, 2, 3, 1).flatten(1).to(self.dtype)  # as it lies in memory
-            tall = x.shape[0] > x.shape[1]
-            x = x.T if tall else x
-            x = x / (x.norm() + 1e-7)
-            for a, b, c in NEWTON_SCHULZ:
-                gram = x @ x.T
-                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-            rate = 0.2 * math.sqrt(max(x.shape)) * matrices["lr"]
-            x = ((x.T if tall else x) * keep).reshape(weight.permute(0, 2, 3, 1).shape)
-            weight.add_(x.permute(0, 3, 1, 2), alpha=-rate)
-
-        [*self.cores.map(update, matrices["params"])]
-        others["steps"] += 1
-        weights = others["params"]
-        gradients = [torch.where(finite, weight.grad, 0) for weight in weights]
-        mean, square = ([self.state[weight][name] for weight in weights] for name in ("mean", "square"))
-        torch._foreach_mul_(mean, 1 - 0.1 * keep)
-        torch._foreach_add_(mean, gradients, alpha=0.1)
-        torch._foreach_mul_(square, 1 - 0.01 * keep)
-        torch._foreach_addcmul_(square, gradients, gradients, 0.01)
-        size = torch._foreach_sqrt(torch._foreach_div(square, 1 - 0.99 ** others["steps"]))
-        torch._foreach_add_(size, 1e-8)
-        torch._foreach_addcdiv_(weights, torch._foreach_mul(mean, keep), size,
-                                -others["lr"] / (1 - 0.9 ** others["steps"]))
-
-
-def learning_rate(highest, part):
-    """The learning rate when `part` (0 to 1) of the run is over."""
-    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - min(part, 1))
-
-
-def keep_freed_memory():
-    """Let C's allocator keep what a step has freed for the next one. Else the large tensors come from the system each time,
-    page by page, which costs up to a tenth of the step. Without glibc (macOS, Windows) this does nothing."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        allocator = ctypes.CDLL(None).mallopt
-        for setting, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
-            allocator(setting, value)
-
-
-class Cores:
-    """The cores of a CPU, each to take its share of the images: that is faster than to have all of them share every
-    operation, after which they wait for each other (1.1 times at 32 px on two). A card, or one of several processes, counts
-    as one.
-    """
-
-    def __init__(self, device, images):
-        threads = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
-        self.count = max(1, min(threads, images // 32))  # with fewer images each, sharing is as fast
-        self.threads = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=[threads // self.count])
-        if device.type == "cpu":
-            keep_freed_memory()
-
-    def map(self, function, parts):
-        """The results of function(part), in order."""
-        return (self.threads.map if self.count > 1 else map)(function, parts)
-
-
-def slices(begin, end, at_a_time, at_least=1):
-    """Even slices of begin to end of at most `at_a_time`, and `at_least` so many of them if there is enough; none of none."""
-    count = max(math.ceil((end - begin) / at_a_time), min(at_least, end - begin))
-    bounds = [begin + (end - begin) * number // max(count, 1) for number in range(count + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
-
-
-def held_out_loss(model, faces, rows, cores, at_a_time, precision):
-    """Mean L1 error on held-out images, with noise and (evenly spread) timesteps that are the same every time."""
-    rows, device = rows[:HELD_OUT_MOST], faces.device
-    timesteps = ((torch.arange(len(rows)) + 0.5) / len(rows) * model.timesteps).long().to(device)
-
-    @torch.no_grad()
-    def error(part):
-        x_0, t = faces.batch(rows[part]), timesteps[part]
-        noise = torch.stack([torch.randn(image.shape, generator=generator("held-out", number, device=device), device=device)
-                             for number, image in enumerate(x_0, part.start)])
-        x_t, _ = forward_diffusion(x_0, t, model.alphas_cumprod, noise)
-        with autocast(device, precision):
-            predicted = model(x_t, t)
-        return F.l1_loss(predicted.float(), noise, reduction="sum").item() / noise[0].numel()
-
-    return sum(cores.map(error, slices(0, len(rows), at_a_time, cores.count))) / len(rows)
-
-
-def draw_images(model, cores, first, count, at_a_time, steps, seed, precision, on_step=None, guidance=GUIDANCE):
-    """sample(), of which every core draws a share; `on_step` is called for the first share of them only."""
-
-    def draw(part):
-        return sample(model, part.stop - part.start, steps, seed=seed, first=part.start, precision=precision,
-                      on_step=on_step if part.start == first else None, guidance=guidance)
-
-    return torch.cat([*cores.map(draw, slices(first, first + count, at_a_time, cores.count))])
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """A list that Ctrl-C and SIGTERM add to, so that what is done is saved; the second of them ends the program at once."""
-    requests = []
-
-    def on_signal(number, frame):
-        requests.append(number)
-        if len(requests) > 1:
-            os._exit(130)  # files only ever appear whole, so this harms none
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return build_network(saved["config"], saved["ema"], device).eval().requires_grad_(False)
 
 
 class Saver:
-    """Writes checkpoints in the background of training. One that fails is a warning, and soon tried again."""
+    """Writes a checkpoint every `seconds` in the background of training. A failed one is a warning and soon tried again."""
 
     def __init__(self, path, seconds):
         self.path, self.seconds, self.thread, self.writing = path, seconds, ThreadPoolExecutor(1), None
-        self.cost, self.begun, self.due = 0.0, time.time(), time.time() + seconds
+        self.cost, self.due = 0.0, time.time() + seconds  # cost: seconds that the last one took
 
     def write(self, state):
         begun = time.time()
         save_checkpoint(self.path, state)
         self.cost = time.time() - begun
 
-    def epoch_over(self):
-        """A checkpoint is due, unless writing them would take more than a share of the time: then a little later."""
-        self.due = min(self.due, self.begun + self.cost / SAVING_SHARE)
-
     def save_if_due(self, state):
-        """Begin to write what the function `state` returns, when it is time to."""
+        """Begin to write what the function `state` returns, if it is time to."""
         if self.writing and self.writing.done():
             error, self.writing = self.writing.exception(), None
             if isinstance(error, UserError):
                 raise error
             if error:
                 say(f"warning: {self.path} could not be saved ({error}). The one before stays; training goes on and tries "
-                    "again. Is the disk full or gone?")
+                    "again. Is the disk full or disconnected?")
                 self.due = time.time() + min(self.seconds, RETRY_SECONDS)
         if not self.writing and time.time() >= self.due:
-            self.begun = time.time()
-            self.due = self.begun + max(self.seconds - 2 * self.cost, 0)  # it is to be on disk by then, not begun
+            self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # by then it is to be on disk
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state, tries):
@@ -1113,479 +1178,364 @@ class Saver:
             except (OSError, RuntimeError) as error:
                 say(f"warning: {self.path} could not be saved ({error})")
                 time.sleep(RETRY_SECONDS / 6 if tries_left else 0)
-        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: put right what is "
-                        "wrong, for instance make room on the disk, and the same command goes on from it")
+        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the disk, "
+                        "then the same command resumes the run")
 
 
-class Clock:
-    """The time that a run has used in all its starts, and what the work beside training costs of it, in seconds."""
+# ------------------------------------------------------------------------------------------------------- plumbing ----
 
-    def __init__(self, seconds_before):
-        self.seconds_before, self.begun, self.warned = seconds_before, time.time(), 0.0
-        self.cost = {"held-out": 0.0, "grid": 0.0, "last grid": 0.0, "curve": 1.0, "animation": 1.0, "metrics": 0.0,
-                     "page": 0.0}
-        self.spent = dict.fromkeys(self.cost, 0.0)  # cost: of the last time
-
-    def elapsed(self):
-        return self.seconds_before + time.time() - START
-
-    def part_used(self, minutes, saving):
-        """The share of a budget that is gone, when all that comes after the last step is to fit in it too."""
-        after = sum(self.cost.values()) - self.cost["grid"] + saving
-        return self.elapsed() / max(60 * minutes - 1.2 * after - 1, 0.1)
-
-    @contextlib.contextmanager
-    def timed(self, what):
-        """Work beside training: its time is taken, and a disk that is full or gone is no more than a warning."""
-        begun = time.time()
-        try:
-            yield
-        except OSError as error:
-            if begun - self.warned > RETRY_SECONDS:
-                say(f"warning: {what} could not be written ({error}); training goes on")
-                self.warned = begun
-        self.cost[what] = time.time() - begun
-        self.spent[what] += self.cost[what]
-
-    def allows(self, what, share):
-        """Whether doing it now keeps it below `share` of the time since training began."""
-        return self.spent[what] + self.cost[what] <= share * (time.time() - self.begun)
+OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "unable to find an engine")
 
 
-def images_at_a_time(model, args, precision):
-    """How many images of a step go through the network at once: as many as there is memory for, found by trying.
+def halved(size, error):
+    """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of memory.
 
-    A step adds up the gradients of as many such parts as it takes, so this changes nothing that is learnt. On the CPU it
-    follows from the image size, so that a run repeats to the bit and can be stopped between two parts.
+    UserError where one image is too many already, or where several processes would have to agree.
     """
-    size, part = args.image_size, math.ceil(args.batch_size / PROCESSES)
-    if args.device.type == "cpu":
-        return max(1, min(part, CPU_PIXELS // size**2))
-    spare = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]  # what a whole step needs beside
-    while True:
-        try:
-            x = torch.zeros(part, 3, size, size, device=args.device)
-            with autocast(args.device, precision):
-                predicted = model(x, torch.zeros(part, dtype=torch.long, device=args.device))
-            predicted.float().sum().backward()
-            break
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            if part == 1:
-                raise UserError(f"{args.device} has not enough memory for one image of {size} px: give a smaller --image-size "
-                                "or narrower --channels") from None
-        part = math.ceil(part / 2)
-        x = predicted = None
-        if args.device.type == "cuda":
-            torch.cuda.empty_cache()
-    del spare
-    model.zero_grad(set_to_none=True)
-    return part
-
-
-def compiled(model, args, precision):
-    """The network through torch.compile, or as it is, with a word why, where that does not work on this machine."""
-    try:
-        network = torch.compile(model)
-        with autocast(args.device, precision):
-            network(torch.zeros(2, 3, args.image_size, args.image_size, device=args.device),
-                    torch.zeros(2, dtype=torch.long, device=args.device)).sum().backward()
-        return network
-    except Exception as error:  # no compiler, or anything a compiler may stumble over
-        say(f"compile   does not work here ({str(error).strip().partition(chr(10))[0]}): going on without")
-        return model
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-def train(args, saved, precision):
-    """Train from the start, or from the checkpoint `saved`, to the end; returns the exit status, 0 done, 130 stopped."""
-    device, first_process = args.device, RANK == 0
-    with first_process_first():
-        names, pixels, skipped, cache = load_images(args.dataroot, args.image_size, args.results)
-    train_rows, held_out_rows = split(names)
-    del names  # of a million images they would take more memory than all else
-    faces, count = Faces(pixels, device), len(train_rows)
-
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True  # on a card: the fastest of several ways for each convolution,
-    torch.backends.cuda.matmul.allow_tf32 = True  # and TF32 where it is to be float32
-    model = build_network(vars(args), saved and saved["model"]).to(device, memory_format=torch.channels_last)
-    ema = averaged_network(saved or {"config": vars(args), "ema": model.state_dict()}, args.checkpoint, device)
-    guide, = ema.guides
-    weights, averages, guide_weights = (list(network.parameters()) for network in (model, ema, guide))
-    optimizer = Muon(model, args.lr, torch.bfloat16 if precision == "bf16" else torch.float32, Cores(device, 64))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    run = {name: saved[name] for name in FRESH_RUN} if saved else FRESH_RUN | {"history": []}
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-    losses, bad_steps = torch.tensor(run["losses"], device=device), torch.zeros((), device=device)
-
-    clock, saver = Clock(run["seconds"]), Saver(args.checkpoint, 60 * args.save_minutes)
-    batches_left = math.ceil(max(count - run["images_in_epoch"], 0) / args.batch_size)
-    epochs_left = (args.epochs or math.inf) - run["epoch"] - 1
-    last_step = min(run["step"] + batches_left + epochs_left * math.ceil(count / args.batch_size),
-                    args.max_steps or math.inf)
-
-    def progress():
-        part = run["step"] / last_step
-        return max(part, clock.part_used(args.minutes, saver.cost)) if args.minutes else part
-
-    def seconds_left():
-        by_steps = (time.time() - clock.begun) / max(run["step"] - step_before, 1e-9) * (last_step - run["step"])
-        return max(0, min(by_steps, 60 * (args.minutes or math.inf) - clock.elapsed()))
-
-    def evaluate():
-        with clock.timed("held-out"):
-            return held_out_loss(ema, faces, held_out_rows, cores, at_a_time, precision)
-
-    def draw(stop, last):
-        steps, stages = args.sample_steps if last else max(1, args.sample_steps // 3), []
-
-        def on_step(step, x):
-            stages.append(x[:8].cpu())
-            return stop
-
-        epoch, step = run["history"][-1][:2]
-        with clock.timed("last grid" if last else "grid"):
-            images = draw_images(ema, cores, 0, 64, at_a_time, steps, args.seed, precision, on_step,
-                                 GUIDANCE if last else 0)
-            if not stop:
-                save_grid(images, args.results / f"epoch_{epoch}_step_{step}.png")
-                save_denoising(stages, args.results / "denoising.png")
-        if not last:
-            clock.cost["last grid"] = clock.cost["grid"] * args.sample_steps / steps
-        with clock.timed("curve"):
-            save_curve(run["history"], args.results / "loss.png")
-
-    def animate():
-        with clock.timed("animation"):
-            if drawn := grids(args.results, run["history"]):
-                save_animation(drawn, args.results)
-
-    def state():
-        run.update(seconds=clock.elapsed(), losses=losses.tolist())
-        return snapshot({"model": model.state_dict(), "ema": ema.state_dict(), "guide": guide.state_dict(),
-                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "config": args.config, **run})
-
-    def show(status="training"):
-        with clock.timed("page"):
-            history = run["history"]
-            write_page(args.results, state=status, progress=min(progress(), 1), seconds=clock.elapsed(),
-                       seconds_left=seconds_left(), images_per_second=speed(), settings=about, columns=COLUMNS,
-                       history=history[::-math.ceil(len(history) / 1000) or -1][::-1], grids=grids(args.results, history),
-                       grid={"side": args.image_size, "padding": 2, "per_row": 8, "count": 64})
-
-    def speed():
-        return (run["images_seen"] - seen_before) / (time.time() - clock.begun)
-
-    def gradients(rows, stop):
-        """Gradients of one step into weights.grad; the mean L1 error of its images, or None when told to stop in between."""
-        # All that is random follows from seed and step alone: the same after a restart, and for any number of processes.
-        batch, size = len(rows), args.image_size
-        stream = generator("step", args.seed, run["step"], device=device)
-        flip = torch.rand(batch, generator=stream, device=device) < 0.5
-        strata = torch.arange(batch, device=device) + torch.rand(batch, generator=stream, device=device)
-        t = (strata / batch * args.timesteps).long().clamp(max=args.timesteps - 1)  # uniform, evenly spread
-        noise = torch.randn(batch, size, size, 3, generator=stream, device=device).permute(0, 3, 1, 2)
-
-        begin, end = batch * RANK // PROCESSES, batch * (RANK + 1) // PROCESSES
-
-        def loss_of(part):
-            x_t, target = forward_diffusion(faces.batch(rows[part], flip[part]), t[part], model.alphas_cumprod,
-                                            noise[part])
-            with autocast(device, precision):
-                predicted = network(x_t, t[part])
-            return (predicted.float() - target).abs().sum() / noise.numel()
-
-        def gradients_of(part):
-            if stop:
-                return None, None
-            loss = loss_of(part)
-            return loss.detach(), torch.autograd.grad(scaler.scale(loss), weights)
-
-        error = torch.zeros((), device=device)
-        if PROCESSES > 1:
-            parts = slices(begin, end, at_a_time) or [slice(0, 1)]  # that one counts nothing, but all must take part
-            for part in parts:
-                with network.no_sync() if part != parts[-1] else contextlib.nullcontext():
-                    loss = loss_of(part) * (end > begin)
-                    scaler.scale(loss * PROCESSES).backward()  # processes' gradients are averaged, their errors add up
-                error += loss.detach()
-            dist.all_reduce(error)
-            return error
-        sums = None
-        for loss, found in cores.map(gradients_of, slices(0, batch, at_a_time, cores.count)):
-            if loss is None:
-                return None
-            error += loss
-            sums = torch._foreach_add(sums, found) if sums else found  # in order, so that a run repeats to the bit
-        for weight, gradient in zip(weights, sums, strict=True):
-            weight.grad = gradient
-        return error
-
-    if saved and saved["finished"] and (
-            progress() >= 1 or all(vars(args)[name] == saved["config"][name] for name in LIMITS)):
-        say(f"This run is finished: {run['epoch']} epochs, {run['step']} steps, {duration(run['seconds'])}. A larger --epochs, "
-            "--minutes or --max-steps goes on with it, --sample 64 draws faces, --checkpoint NEW.pth begins anew.")
-        return 0
-    run["finished"] = False
-    cores = Cores(device, args.batch_size)
-    at_a_time = math.ceil(images_at_a_time(model, args, precision) / cores.count)
-    network = compiled(model, args, precision) if args.compile else model
+    if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error).lower() for text in OUT_OF_MEMORY):
+        raise error
     if PROCESSES > 1:
-        network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    run["history"] = [row for row in run["history"] if row[0] <= run["epoch"]]  # an epoch cut short comes again, whole
-    about = describe(args, precision, model, len(pixels), skipped, len(held_out_rows), cache, at_a_time * cores.count)
-    if first_process:
-        for label, text in about:
-            say(f"{label:10}{text}")
-        write_metrics(run["history"], args.results)
-        with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
-            shutil.copy(HERE / "results" / "index.html", args.results)
-    clock.begun, seen_before, step_before = time.time(), run["images_seen"], run["step"]
-    looked_at = shown_at = said_at = clock.begun
-    foretold = bad = False
+        raise UserError(f"process {RANK} has not enough memory for its share of the images: give a smaller --batch-size")
+    if size == 1:
+        raise UserError("the device has not enough memory for one image: give a smaller --image-size or narrower --channels")
+    return math.ceil(size / 2)
 
-    with stop_requests() as stop:
-        while True:
-            order = train_rows[torch.randperm(count, generator=generator("order", args.seed, run["epoch"]))]
-            rest = order[run["images_in_epoch"]:]
-            began, seen_at_beginning = time.time(), run["images_seen"]
-            title = f"epoch {run['epoch'] + 1}" + (f" of {args.epochs}" if args.epochs else "")
-            bar = tqdm(total=count, initial=run["images_in_epoch"], unit="img", desc=title, leave=False,
-                       disable=None if first_process else True)
-            for rows in rest.tensor_split(math.ceil(len(rest) / args.batch_size)) if len(rest) else ():
-                part, ending = from_first_process(progress(), bool(stop) or bad)
-                if ending or part >= 1 and run["step"]:
-                    break
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(args.lr, part)
 
-                loss = gradients(rows, stop)
-                if loss is None:
-                    optimizer.zero_grad(set_to_none=True)
-                    break
-                scaler.unscale_(optimizer)
-                finite = nn.utils.clip_grad_norm_(weights, 1.0).isfinite() & loss.isfinite()
-                optimizer.step(finite)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                run["step"] += 1
-                with torch.no_grad():
-                    torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / run["step"]) ** EMA_POWER)
-                    if part < GUIDE_AT:
-                        torch._foreach_copy_(guide_weights, averages)
+def draw(model, count, steps, seed, first=0, precision="fp32", at_once=64, on_step=None):
+    """sample(), at most `at_once` images at a time, fewer where memory is too small."""
+    images = torch.empty(0, 3, model.image_size, model.image_size)
+    while len(images) < count:
+        part = min(at_once, count - len(images))
+        try:
+            images = torch.cat((images, sample(model, part, steps, seed=seed, first=first + len(images), precision=precision,
+                                               on_step=on_step)))
+        except RuntimeError as error:
+            at_once = halved(part, error)
+    return images
 
-                run["images_seen"] += len(rows)
-                run["images_in_epoch"] += len(rows)
-                losses += torch.where(finite, torch.stack((loss, torch.ones_like(loss))), 0)
-                bad_steps = torch.where(finite, 0, bad_steps + 1)
-                bar.update(len(rows))
-                if not first_process:
-                    continue
-                saver.save_if_due(state)
-                now = time.time()
-                if not clock.spent["held-out"]:  # until it is known what drawing costs: forward takes a third of a step
-                    evaluations = {"held-out": min(len(held_out_rows), HELD_OUT_MOST), "grid": 64 * args.sample_steps / 3,
-                                   "last grid": 64 * args.sample_steps}
-                    clock.cost.update({what: number / speed() / 3 for what, number in evaluations.items()})
-                if now - looked_at > 0.5:  # not at every step: to read from a card is to wait for it
-                    looked_at, bad = now, bool(bad_steps >= BAD_STEPS)
-                    status = f"loss {losses[0] / losses[1]:.4f}, {duration(seconds_left())} left in all"
-                    bar.set_postfix_str(status, refresh=False)
-                    if bar.disable and now - said_at > 30:
-                        said_at = now
-                        say(f"{title}: {run['images_in_epoch']:,} of {count:,} images, {status}")
-                    if now - shown_at > PAGE_SECONDS:
-                        shown_at = now
-                        show()
-                    if not foretold and now - clock.begun > 15:
-                        foretold = True
-                        foretell(args, speed(), seconds_left())
-            bar.close()
-            at_end, stopped, bad = from_first_process(progress() >= 1, bool(stop), bad)
-            if bad:
-                raise UserError(f"{BAD_STEPS} steps in a row gave no finite number and were left out: the checkpoint "
-                                "is sound, go on from it with a lower --lr or with --precision fp32")
 
-            if first_process and not stopped and run["images_in_epoch"]:
-                done, seconds = run["images_seen"] - seen_at_beginning, time.time() - began
-                if not done:  # an epoch whose last step was saved, but not its row: the rate of the whole run
-                    done, seconds = run["images_seen"], clock.elapsed()
-                row = [run["epoch"] + 1, run["step"], run["images_seen"], (losses[0] / losses[1]).item(), evaluate(),
-                       optimizer.param_groups[0]["lr"], done / seconds, clock.elapsed()]
-                run["history"].append(row)
-                with clock.timed("metrics"):
-                    write_metrics(run["history"], args.results)
-                if at_end or time.time() - said_at > 10:
-                    said_at = time.time()
-                    say(f"{title}: step {row[1]:,}, loss {row[3]:.4f}, held out {row[4]:.4f}, {row[6]:.0f} images/s, "
-                        f"{duration(seconds_left())} left")
-                if begins_to_recite(run["history"]):
-                    say("overfit   the held-out error rises while the training error falls: the network begins to recite its "
-                        "images. More images help, or ending here: the pictures of the epochs before are in the results")
-            if not stopped and run["images_in_epoch"] >= count:
-                run.update(epoch=run["epoch"] + 1, images_in_epoch=0)
-                losses.zero_()
-                saver.epoch_over()
-            if first_process and not stopped and (at_end or clock.allows("grid", DRAWING_SHARE)):
-                draw(stop, at_end)
-                stopped = stopped or at_end and bool(stop)  # a last grid that was cut short is drawn at the next start
-            if first_process and not (at_end or stopped):
-                show()
-                saver.save_if_due(state)
-                if clock.allows("animation", ANIMATION_SHARE):
-                    animate()
-            if first_process and (at_end or stopped):
-                run["finished"] = not stopped
-                saver.save_last(state(), tries=1 if stopped else 3)
-                show("finished" if run["finished"] else "stopped")
-            if stopped:
-                say(f"Stopped after {run['step']} steps, checkpoint saved: the same command goes on from here.")
-                return 130
-            if at_end:
-                if first_process:
-                    animate()
-                say(f"Done in {duration(clock.elapsed())}. Look into {args.results}, index.html shows it all; --sample 64 "
-                    "draws more.")
-                return 0
+def choose_device(name):
+    """The torch.device for --device; UserError where there is none of that name, or fewer cards than processes."""
+    present = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                                        ("cpu", True)) if found]
+    if name and name not in present:
+        raise UserError(f"PyTorch finds no {name} device here: leave out --device to use {present[0]}")
+    if (name or present[0]) != "cuda":
+        return torch.device(name or present[0])
+    local_rank, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= cards:
+        raise UserError(f"there are more processes than CUDA cards here: start torchrun with --nproc_per_node={cards}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_precision(name, device):
+    """The number format for --precision: of those that train well, the one in which the device is fastest."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if fast else "fp32"
+
+
+def join_processes():
+    """Form one group of the processes that torchrun has started."""
+    store, *_ = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else torchrun's restarts find addresses of dead processes
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK, world_size=PROCESSES,
+                            store=dist.PrefixStore(f"attempt {attempt}", store),
+                            timeout=datetime.timedelta(days=1))  # the others wait while rank 0 reads images and draws
+
+
+def broadcast(*numbers):
+    """`numbers` as rank 0 has them, so that all processes decide alike."""
+    if PROCESSES > 1:
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.broadcast(values, 0)
+        numbers = tuple(values.tolist())
+    return numbers
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Of several processes, rank 0 runs the block alone, then all others run it."""
+    if RANK > 0:
+        broadcast(0)
+    yield
+    if RANK == 0:
+        broadcast(0)
+
+
+def require_same(*numbers):
+    """UserError in a process that has read another checkpoint or other images than rank 0, which these numbers identify."""
+    if broadcast(*numbers) != numbers:
+        raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: --checkpoint and --dataroot "
+                        "must be on a disk that all machines share")
+
+
+def printable(text):
+    """`text` in one line of at most 400 characters, with escapes in place of control characters."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))[:400]
+
+
+def say(line):
+    """Print a line, above the progress bar if there is one; only in the process of rank 0."""
+    if RANK == 0:
+        tqdm.write(printable(line))
+
+
+def duration(seconds):
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+
+
+class Bar:
+    """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only in the process of rank 0."""
+
+    def __init__(self, title, total, done=0):
+        self.bar = tqdm(total=total, initial=done, unit="img", desc=title, leave=False, disable=None if RANK == 0 else True)
+        self.title, self.total, self.done, self.said = title, total, done, time.time()
+
+    def update(self, count, status=""):
+        """`count` more images are done; the text `status` is shown from now on."""
+        self.done += count
+        if status:
+            self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.time() - self.said > LOG_SECONDS:
+            self.said = time.time()
+            say(f"{self.title}: {self.done:,} of {self.total:,} images{status and ', '}{status}")
+
+    def close(self):
+        self.bar.close()
+
+
+class Report:
+    """What a run shows while it trains: a Bar for each epoch, a line for each epoch, index.html."""
+
+    def __init__(self, run):
+        self.run, self.looked, self.shown, self.said, self.status = run, 0.0, 0.0, 0.0, ""
+
+    def begin_epoch(self):
+        title = f"epoch {self.run.at.epoch + 1}" + (f" of {self.run.args.epochs}" if self.run.args.epochs else "")
+        self.bar = Bar(title, len(self.run.train_rows), self.run.at.images_in_epoch)
+
+    def step(self, count):
+        """After a step of `count` images. Reads from the device only now and then, since that waits for it."""
+        run, now = self.run, time.time()
+        if now - self.looked > LOOK_SECONDS:
+            self.looked = now
+            self.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {duration(run.seconds_left())} left in all"
+            if run.bad_steps >= BAD_STEPS:
+                raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the checkpoint "
+                                "with a lower --lr or with --precision fp32")
+        self.bar.update(count, self.status)
+        if now - self.shown > PAGE_SECONDS:
+            self.shown = now
+            warn_if_not_written(write_page, run.args.results, run, "training")
+
+    def end_epoch(self, at_end):
+        """The line of an epoch, at most one in ten seconds, and a warning if the network begins to repeat its images."""
+        history, errors = self.run.at.history, [row[4] for row in self.run.at.history]
+        if at_end or time.time() - self.said > 10:
+            self.said = time.time()
+            say(f"{self.bar.title}: step {history[-1][1]:,}, loss {history[-1][3]:.4f}, held out {errors[-1]:.4f}, "
+                f"{history[-1][6]:.0f} images/s, {duration(self.run.seconds_left())} left")
+        if is_overfitting(errors) and not is_overfitting(errors[:-1]):
+            say("overfit   the held-out error rises while the training error falls: the network begins to repeat its images. "
+                "More images help, or fewer --epochs or --minutes")
+
+
+def is_overfitting(errors):
+    """Whether the held-out errors of the last three epochs are all 3% above the lowest."""
+    return len(errors) > 3 and min(errors[-3:]) > 1.03 * min(errors)
+
+
+def warn_if_not_written(write, *arguments):
+    """write(*arguments), where a disk that is full or disconnected is no more than a warning."""
+    try:
+        write(*arguments)
+    except OSError as error:
+        say(f"warning: results could not be written ({error}); training goes on")
+
+
+def check_writable(folder):
+    """Make `folder` if need be; UserError at once, not after hours, where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): name another with --results or --checkpoint") from None
+
+
+def lock(path):
+    """An open file whose lock reserves the checkpoint at `path` for this run, until the process ends, however it ends.
+
+    UserError where another run has it.
+    """
+    file = path.with_name(f".{path.name}.lock").open("a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
+    except OSError:  # a network drive that has no locks
+        return file
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+        left_over.unlink()
+    return file
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a file to write; it appears under `path` whole, or not at all."""
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left_over.stat().st_mtime > 3600:
+                left_over.unlink()
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # a random name: nobody can plant a link there
+    try:
+        with open(unfinished, "x+b") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- main ----
 
 
-def describe(args, precision, model, count, skipped, held_out, cache, at_a_time):
-    """What is about to happen, as (label, text) pairs; what was skipped goes into skipped_images.txt."""
-    about = [("images", f"{count:,} below {args.dataroot}, {held_out:,} of them held out"),
-             ("cache", f"{cache}, {cache.stat().st_size / 1e6:,.1f} MB")]
-    listing = args.results / "skipped_images.txt"
-    if RANK == 0:
-        listing.unlink(missing_ok=True)
-    if skipped:
-        if RANK == 0:
-            listing.write_text("".join(f"{name}: {reason}\n" for name, reason in sorted(skipped.items())), encoding="utf-8")
-        name, reason = min(skipped.items())
-        about += [("skipped", f"{len(skipped):,} files, such as {name} ({reason}): all are listed in {listing}"
-                   + "; that is more than half of them, see what is wrong with the folder" * (len(skipped) > count))]
-    if count - held_out < args.batch_size:
-        about += [("few", f"fewer images than the {args.batch_size} of a batch: the network will recite them, get more")]
-    flops = FlopCounterMode(display=False)
-    with flops, torch.device("meta"):
-        build_network(vars(args))(torch.empty(1, 3, args.image_size, args.image_size), torch.empty(1, dtype=torch.long))
+def describe(run):
+    """The run in (label, text) pairs."""
+    args, heldout = run.args, len(run.faces.pixels) - len(run.train_rows)
     limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
-    parts = f", {at_a_time} at a time" if at_a_time * PROCESSES < args.batch_size else ""
-    return about + [
-        ("network", f"channels {shown(args.channels)}, {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} "
-                    f"M parameters, {flops.get_total_flops() / 1e9:.2f} GFLOPs an image"),
-        ("device", f"{args.device.type}, {precision}" + (f", {PROCESSES} processes" if PROCESSES > 1 else "")),
-        ("training", f"until {' or '.join(f'{limit:g} {what}' for what, limit in limits.items() if limit)}, "
-                     f"{args.batch_size} images a step{parts}, learning rate {args.lr:g}, {args.timesteps} timesteps"),
-        ("keeps", f"checkpoint {args.checkpoint}, saved every {args.save_minutes:g} minutes and every epoch"),
-        ("pictures", f"in {args.results}: open index.html there; a grid after every epoch, if drawing takes but little time")]
+    about = [("images", f"{len(run.faces.pixels):,} below {args.dataroot}, {heldout:,} of them held out"),
+             ("network", f"channels {shown(args.channels)}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters"),
+             ("device", f"{run.device.type}, {run.precision}" + (f", {PROCESSES} processes" if PROCESSES > 1 else "")),
+             ("training", f"until {' or '.join(f'{limit:g} {what}' for what, limit in limits.items() if limit)}, "
+                          f"{args.batch_size} images a step, learning rate {args.lr:g}, {args.timesteps} timesteps"),
+             ("checkpoint", f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end"),
+             ("pictures", f"{args.results / 'index.html'}")]
+    if run.skipped:
+        name, reason = min(run.skipped.items())
+        about.insert(1, ("skipped", f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are listed in "
+                                    f"{args.results / 'skipped_images.txt'}"))
+    if len(run.train_rows) < args.batch_size:
+        about.append(("few images", f"fewer than the {args.batch_size} of a batch: the network will repeat them, get more"))
+    return about
 
 
-def foretell(args, images_per_second, seconds_left):
-    """Say how long it will take, from what was measured, and on a CPU how to make it short."""
-    advice = ""
-    if args.device.type == "cpu" and seconds_left > 1200:
-        advice = "; --minutes 30 makes the best of half an hour" + (
-            ", --image-size 32 is about four times as fast" if args.image_size > 32 else "")
-    say(f"time      about {duration(seconds_left)} more, at {images_per_second:.0f} images/s{advice}")
-
-
-def begins_to_recite(history):
-    """Whether the held-out errors of the last three epochs are all 3% above the lowest, for the first time."""
-
-    def rises(errors):
-        return len(errors) > 3 and min(errors[-3:]) > 1.03 * min(errors)
-
-    errors = [row[4] for row in history]
-    return rises(errors) and not rises(errors[:-1])
-
-
-def draw_samples(args, saved, precision):
-    """--sample: images from the checkpoint into results/samples, the first 64 as a grid, the first 16 with their nearest.
-
-    Several processes share the images between them.
-    """
-    model, folder = averaged_network(saved, args.checkpoint, args.device), args.results / "samples"
-    cores = Cores(args.device, 64)
-    with first_process_first():
-        if RANK == 0:
-            folder.mkdir(exist_ok=True)
-            for old in folder.glob("sample_*.png"):
-                old.unlink()
-
-    def drawn():
-        for first in range(64 * RANK, args.sample, 64 * PROCESSES):
-            yield from enumerate(draw_images(model, cores, first, min(64, args.sample - first), 64, args.sample_steps,
-                                             args.seed, precision), first)
-
-    grid, share = [], min(args.sample, 64 * math.ceil(args.sample / 64 / PROCESSES))
-    for number, image in track(drawn(), share, "drawing"):
-        to_image(image).save(folder / f"sample_{number + 1:05d}.png")
-        if number < 64:
-            grid.append(image)
-        if number == min(64, args.sample) - 1:  # at once: whoever draws thousands need not wait for them
-            save_grid(grid, args.results / "samples.png")
+def begin(run):
+    """Say what is about to happen; write the list of skipped images, the metrics so far and the page."""
+    for label, text in describe(run):
+        say(f"{label:12}{text}")
     if RANK == 0:
+        results, listing = run.args.results, run.args.results / "skipped_images.txt"
+        listing.unlink(missing_ok=True)
+        if run.skipped:
+            with replacing(listing) as file:
+                file.write("".join(f"{printable(name)}: {run.skipped[name]}\n" for name in sorted(run.skipped)).encode())
+        write_metrics(run.at.history, results)
+        with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
+            shutil.copy(HERE / "results" / "index.html", results)
+
+
+def draw_samples(args, device):
+    """--sample: images into results/samples, the first 64 as a grid, the first 16 beside their closest training images.
+
+    Several processes share the images.
+    """
+    model, folder, pictures = load_model(args.checkpoint, device), args.results / "samples", []
+    with rank_0_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("sample_*.png") if RANK == 0 else ():
+            old.unlink()
+    bar = Bar("drawing", math.ceil(args.sample / PROCESSES))
+    for first in range(64 * RANK, args.sample, 64 * PROCESSES):
+        images = draw(model, min(64, args.sample - first), args.sample_steps, args.seed, first,
+                      choose_precision(args.precision, device))
+        for number, image in enumerate(images, first + 1):
+            to_image(image).save(folder / f"sample_{number:05d}.png")
+        bar.update(len(images))
+        if first == 0:
+            save_grid(images, args.results / "samples.png")
+            pictures = images[:16]
+    bar.close()
+    if RANK == 0:
+        say(f"{args.sample} images are in {folder}, the first {min(64, args.sample)} in {args.results / 'samples.png'}")
         try:
             pixels = load_images(args.dataroot, args.image_size, args.results)[1]
-            save_grid(nearest(torch.stack(grid[:16]), pixels), args.results / "nearest.png")
-            beside = "; nearest.png has the first of them, each beside the training image that is closest to it"
-        except UserError:
-            beside = f"; no nearest.png, since {args.dataroot} has no training images to compare with"
-        if (args.results / "run.js").exists():  # a page that is open shows the new pictures
-            write_page(args.results)
-        say(f"{args.sample} images in {folder}, the first {min(64, args.sample)} in the grid {args.results / 'samples.png'}"
-            f"{beside}")
-    with first_process_first():  # none ends before all have drawn
+            ratio = save_nearest(pictures, pixels, args.results / "nearest.png").median()
+            say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one between a "
+                "training image and its closest other one" + "; below 1, the network repeats its images" * bool(ratio < 1))
+        except UserError as error:
+            say(f"no nearest.png: {error}")
+        write_page(args.results)
+    with rank_0_first():  # none ends before all have drawn
         return 0
 
 
+def run_command(argv):
+    """Read settings and checkpoint, then train or draw. Returns the exit status."""
+    args = read_settings(argv)
+    with rank_0_first():
+        check_writable(args.results)
+        if not args.sample:
+            check_writable(args.checkpoint.parent)
+            locked = lock(args.checkpoint) if RANK == 0 else None  # noqa: F841 (held while this function runs)
+        saved = read_checkpoint(args.checkpoint)
+    args = read_settings(argv, saved and saved["config"])
+    device = choose_device(args.device)
+    args.channels = args.channels or default_channels(device, args.image_size)
+    if args.sample:
+        return draw_samples(args, device)
+    if args.demo:
+        from fake_face.draw_faces import fill_folder
+
+        with rank_0_first():
+            fill_folder(args.dataroot, DEMO_IMAGES, args.image_size)
+    run = Run(args, device, saved)
+    at, same_limits = run.at, saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
+    past_end = at.epoch + bool(at.images_in_epoch) > (args.epochs or math.inf) or at.step > (args.max_steps or math.inf)
+    if past_end or at.finished and (run.part_done() >= 1 or same_limits):
+        say(f"This run is finished: {at.epoch} epochs, {at.step} steps, {duration(at.seconds)}. A larger --epochs, --minutes "
+            f"or --max-steps resumes it, --sample 64 draws faces, {args.begin_anew} begins a new run.")
+        return 0
+    begin(run)
+    return train(run)
+
+
 def main(argv=None):
-    """Run the script on the command line `argv`; returns its exit status."""
+    """Run the script on the command line `argv`. Returns the exit status."""
     sys.stdout.reconfigure(line_buffering=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it puts into the background with SIGINT ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
+    status = 1
     try:
         if PROCESSES > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, while it waits for the others of a new group
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's signal while the others form a new group
             join_processes()
-        args, saved = read_settings(argv)
-        precision = choose_precision(args.precision, args.device)
-        check_writable(args.results)
-        if args.sample:
-            return draw_samples(args, saved, precision)
-        if args.demo:
-            from fake_face.draw_faces import fill_folder
-
-            with first_process_first():
-                fill_folder(args.dataroot, DEMO["images"], args.image_size)
-        return train(args, saved, precision)
+        return run_command(argv)
     except UserError as error:
-        if RANK == 0:
-            print(f"scriptc.py: {error}", file=sys.stderr)
-        return 1
+        message = error
     except KeyboardInterrupt:
-        print("scriptc.py: stopped", file=sys.stderr)
-        return 130
+        status, message = 130, "stopped"
     except OSError as error:
-        print(f"scriptc.py: {error}: see whether the disk is full or gone, then the same command goes on", file=sys.stderr)
-        return 1
+        message = f"{error}: see whether the disk is full or disconnected, then the same command resumes the run"
     except RuntimeError as error:
         if PROCESSES == 1:
             raise
-        print(f"scriptc.py: process {RANK} cannot go on, most likely since another one ended ({error}): the checkpoint is "
-              "sound, the same command goes on from it, by itself with torchrun --max-restarts=3", file=sys.stderr)
-        return 1
+        message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the checkpoint is good, the "
+                   "same command resumes it, automatically with torchrun --max-restarts=3")
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"scriptc.py: {printable(message)}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
