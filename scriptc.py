@@ -71,28 +71,17 @@ STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the 
 DEMO_IMAGES, DEMO_SIZE, DEMO_MINUTES = 2000, 32, 5
 
 
-def whole_number(least, most=10**9, multiple_of=1):
-    """An argparse type: an int from `least` to `most` that is a multiple of `multiple_of`."""
+def number(kind, least, most, multiple_of=None):
+    """An argparse type: an int or a float (`kind`) from `least` to `most` that is a multiple of `multiple_of`."""
 
     def convert(text):
-        number = int(text) if text.lstrip("+-").isdecimal() else None
-        if number is None or not least <= number <= most or number % multiple_of:
-            kind = "a whole number" if multiple_of == 1 else f"a multiple of {multiple_of}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} from {least} to {most}")
-        return number
+        value = kind(text)  # argparse says what ValueError means
+        if not least <= value <= most or multiple_of and value % multiple_of:
+            multiple = f", a multiple of {multiple_of}" if multiple_of else ""
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}{multiple}")
+        return value
 
-    return convert
-
-
-def positive_number(most):
-    """An argparse type: a float above 0, up to `most`."""
-
-    def convert(text):
-        with contextlib.suppress(ValueError):
-            if 0 < float(text) <= most:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, up to {most:g}")
-
+    convert.__name__ = "number"  # as argparse calls it in messages
     return convert
 
 
@@ -103,41 +92,37 @@ def build_parser():
         epilog="Training settings that are not given come from the checkpoint if there is one, else from the defaults.")
     add = parser.add_argument_group("data").add_argument
     add("--dataroot", metavar="DIR", help="train on every image below this folder (default: fake_face beside the script)")
-    add("--results", metavar="DIR", help="pictures and metrics go here (default: results beside the script)")
-    add("--checkpoint", metavar="FILE",
-        help="created by the first run, resumed by later ones (default: model_checkpoint.pth beside the script)")
-    add("--demo", action="store_true",
-        help=f"needs no images: draws {DEMO_IMAGES} itself and trains {DEMO_MINUTES} minutes; keeps all in results/demo")
+    add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
+    add("--checkpoint", metavar="FILE", help="created, later resumed (default: model_checkpoint.pth beside the script)")
+    add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself; keeps all in results/demo")
     add = parser.add_argument_group("network").add_argument
-    add("--image-size", metavar="PX", type=whole_number(16, 256, 16), default=64,
+    add("--image-size", metavar="PX", type=number(int, 16, 256, 16), default=64,
         help=f"side of the images in pixels, a multiple of 16 (default: 64, with --demo {DEMO_SIZE})")
-    add("--channels", metavar="C", type=whole_number(8, 4096, 8), nargs="+",
-        help="width of the network at each resolution, from the full one down (default: by device and image size)")
-    add("--timesteps", metavar="T", type=whole_number(10, 10_000), default=1000,
-        help="length of the diffusion (default: 1000)")
+    add("--channels", metavar="C", type=number(int, 8, 4096, 8), nargs="+",
+        help="width at each resolution, from the full one down (default: by device and image size)")
+    add("--timesteps", metavar="T", type=number(int, 10, 10_000), default=1000, help="of the diffusion (default: 1000)")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", metavar="N", type=whole_number(1), default=128,
+    add("--batch-size", metavar="N", type=number(int, 1, 10**9), default=128,
         help="images per optimizer step, over all processes (default: 128)")
-    add("--epochs", metavar="N", type=whole_number(1),
-        help="passes over the images (default: 100; no limit if --minutes or --max-steps is given)")
-    add("--minutes", metavar="M", type=positive_number(1e6),
-        help="wall-clock budget of the whole run, with start-up and last pictures (default: no limit)")
-    add("--max-steps", metavar="N", type=whole_number(1), help="stop after N optimizer steps (default: no limit)")
-    add("--lr", metavar="X", type=positive_number(1), default=8e-3, help="highest learning rate (default: 0.008)")
-    add("--seed", metavar="S", type=whole_number(0), default=0,
+    add("--epochs", metavar="N", type=number(int, 1, 10**9),
+        help="passes over the images (default: 100; no limit with --minutes or --max-steps)")
+    add("--minutes", metavar="M", type=number(float, 1e-3, 1e6),
+        help=f"time for the whole run, start-up included (default: no limit, with --demo {DEMO_MINUTES})")
+    add("--max-steps", metavar="N", type=number(int, 1, 10**9), help="optimizer steps in all (default: no limit)")
+    add("--lr", metavar="X", type=number(float, 1e-9, 1), default=8e-3, help="highest learning rate (default: 0.008)")
+    add("--seed", metavar="S", type=number(int, 0, 10**9), default=0,
         help="for initial weights, image order, noise and samples (default: 0)")
-    add("--save-minutes", metavar="M", type=positive_number(1e6), default=10,
-        help="time between two checkpoints; one more is saved at the end (default: 10)")
+    add("--save-minutes", metavar="M", type=number(float, 1e-3, 1e6), default=10,
+        help="between two checkpoints; one more is saved at the end (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
-    add("--sample", metavar="N", type=whole_number(1), help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=whole_number(1), default=30,
-        help="network evaluations per image drawn (default: 30)")
+    add("--sample", metavar="N", type=number(int, 1, 10**9), help="no training: draw N images into results/samples")
+    add("--sample-steps", metavar="K", type=number(int, 1, 10**9), default=30,
+        help="network evaluations for each image drawn (default: 30)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="default: auto, which is bf16 where the hardware has it, fp16 on older CUDA cards, else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="compile the network with torch.compile (default: no)")
+        help="default: auto, bf16 where the hardware has it, fp16 on older CUDA cards, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile (default: no)")
     return parser
 
 
@@ -162,18 +147,16 @@ def read_settings(argv, config=None):
     args.dataroot = args.results / "faces" if args.demo else pathlib.Path(args.dataroot or HERE / "fake_face")
     args.checkpoint = pathlib.Path(args.checkpoint or (args.results if args.demo else HERE) / "model_checkpoint.pth")
     args.begin_anew = "--results NEW_FOLDER" if args.demo else "--checkpoint NEW.pth"
-    if changed := [name for name in NETWORK if config and vars(args)[name] != config[name]]:
-        changes = [f"{flag(name)} {shown(config[name])} there, {shown(vars(args)[name])} here" for name in changed]
-        raise UserError(f"{args.checkpoint} holds another network ({', '.join(changes)}): leave out "
-                        f"{' and '.join(map(flag, changed))} to resume it, or begin a new run with {args.begin_anew}")
+    for name in NETWORK:
+        if config and vars(args)[name] != config[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{args.checkpoint} holds another network ({flag} {shown(config[name])} there, "
+                            f"{shown(vars(args)[name])} here): leave out {flag} to resume it, or begin a new run with "
+                            f"{args.begin_anew}")
     if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
         raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as --channels "
                         f"{shown(args.channels)} requires: give fewer channels or another size")
     return args
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def shown(value):
@@ -843,17 +826,11 @@ def load_images(root, size, results):
     order, {name: reason} of skipped images). UserError where there are fewer than two images.
     """
     files = list_files(root)
-    for folder in (root, results):
-        path = pathlib.Path(folder, f".faces_{size}px.cache")
+    path = pathlib.Path(root if os.access(root, os.W_OK) else results, f".faces_{size}px.cache")
+    index, pixels = open_cache(path, size, files)
+    if [*index] != files:
+        write_cache(path, size, root, files, index, pixels)
         index, pixels = open_cache(path, size, files)
-        try:
-            if [*index] != files:
-                write_cache(path, size, root, files, index, pixels)
-                index, pixels = open_cache(path, size, files)
-            break
-        except OSError:
-            if folder == results:
-                raise
     names = [name for (name, *_), reason in index.items() if not reason]
     skipped = {name: reason for (name, *_), reason in index.items() if reason and name.lower().endswith(SUFFIXES)}
     if len(names) < 2:
@@ -1151,35 +1128,32 @@ class Saver:
         self.cost, self.due = 0.0, time.time() + seconds  # cost: seconds that the last one took
 
     def write(self, state):
+        """Save `state` now. Returns whether that worked."""
         begun = time.time()
-        save_checkpoint(self.path, state)
+        try:
+            save_checkpoint(self.path, state)
+        except (OSError, RuntimeError) as error:
+            say(f"warning: {self.path} could not be saved ({error}). The one before stays. Is the disk full or disconnected?")
+            self.due = time.time() + min(self.seconds, RETRY_SECONDS)
+            return False
         self.cost = time.time() - begun
+        return True
 
     def save_if_due(self, state):
-        """Begin to write what the function `state` returns, if it is time to."""
-        if self.writing and self.writing.done():
-            error, self.writing = self.writing.exception(), None
-            if isinstance(error, UserError):
-                raise error
-            if error:
-                say(f"warning: {self.path} could not be saved ({error}). The one before stays; training goes on and tries "
-                    "again. Is the disk full or disconnected?")
-                self.due = time.time() + min(self.seconds, RETRY_SECONDS)
-        if not self.writing and time.time() >= self.due:
+        """Begin to write what the function `state` returns, if it is time to and the last one is written."""
+        if time.time() >= self.due and (self.writing is None or self.writing.done()):
             self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # by then it is to be on disk
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state, tries):
         """Write `state` and wait for it; UserError where that fails `tries` times."""
         self.thread.shutdown()
-        for tries_left in reversed(range(tries)):
-            try:
-                return self.write(state)
-            except (OSError, RuntimeError) as error:
-                say(f"warning: {self.path} could not be saved ({error})")
-                time.sleep(RETRY_SECONDS / 6 if tries_left else 0)
-        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the disk, "
-                        "then the same command resumes the run")
+        while not self.write(state):
+            tries -= 1
+            if not tries:
+                raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
+                                "disk, then the same command resumes the run")
+            time.sleep(RETRY_SECONDS / 6)
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing ----
@@ -1296,24 +1270,20 @@ class Bar:
 
     def __init__(self, title, total, done=0):
         self.bar = tqdm(total=total, initial=done, unit="img", desc=title, leave=False, disable=None if RANK == 0 else True)
-        self.title, self.total, self.done, self.said = title, total, done, time.time()
+        self.title, self.total, self.done, self.said, self.close = title, total, done, time.time(), self.bar.close
 
     def update(self, count, status=""):
-        """`count` more images are done; the text `status` is shown from now on."""
+        """`count` more images are done; the text `status` is shown beside them."""
         self.done += count
-        if status:
-            self.bar.set_postfix_str(status, refresh=False)
+        self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(count)
         if self.bar.disable and time.time() - self.said > LOG_SECONDS:
             self.said = time.time()
             say(f"{self.title}: {self.done:,} of {self.total:,} images{status and ', '}{status}")
 
-    def close(self):
-        self.bar.close()
-
 
 class Report:
-    """What a run shows while it trains: a Bar for each epoch, a line for each epoch, index.html."""
+    """What a run shows while it trains: a Bar and a line for each epoch, and index.html."""
 
     def __init__(self, run):
         self.run, self.looked, self.shown, self.said, self.status = run, 0.0, 0.0, 0.0, ""
@@ -1329,8 +1299,8 @@ class Report:
             self.looked = now
             self.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {duration(run.seconds_left())} left in all"
             if run.bad_steps >= BAD_STEPS:
-                raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the checkpoint "
-                                "with a lower --lr or with --precision fp32")
+                raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
+                                "checkpoint with a lower --lr or with --precision fp32")
         self.bar.update(count, self.status)
         if now - self.shown > PAGE_SECONDS:
             self.shown = now
@@ -1338,14 +1308,14 @@ class Report:
 
     def end_epoch(self, at_end):
         """The line of an epoch, at most one in ten seconds, and a warning if the network begins to repeat its images."""
-        history, errors = self.run.at.history, [row[4] for row in self.run.at.history]
+        row, errors = self.run.at.history[-1], [row[4] for row in self.run.at.history]
         if at_end or time.time() - self.said > 10:
             self.said = time.time()
-            say(f"{self.bar.title}: step {history[-1][1]:,}, loss {history[-1][3]:.4f}, held out {errors[-1]:.4f}, "
-                f"{history[-1][6]:.0f} images/s, {duration(self.run.seconds_left())} left")
+            say(f"{self.bar.title}: step {row[1]:,}, loss {row[3]:.4f}, held out {row[4]:.4f}, {row[6]:.0f} images/s, "
+                f"{duration(self.run.seconds_left())} left")
         if is_overfitting(errors) and not is_overfitting(errors[:-1]):
-            say("overfit   the held-out error rises while the training error falls: the network begins to repeat its images. "
-                "More images help, or fewer --epochs or --minutes")
+            say("overfit   the held-out error rises while the training error falls: the network begins to repeat its "
+                "images. More images help, or fewer --epochs or --minutes")
 
 
 def is_overfitting(errors):

@@ -75,6 +75,17 @@ def test_forward_diffusion_returns_the_noise_it_mixed_in():
     assert scriptc.forward_diffusion(x_0, t, alphas_cumprod, given)[1] is given
 
 
+def test_timesteps_are_drawn_such_that_the_log_signal_to_noise_ratio_has_a_normal_density():
+    for size, mean in ((32, scriptc.DENSITY_MEAN), (64, scriptc.DENSITY_MEAN - math.log(4))):
+        probability = scriptc.timestep_density(4000, size)
+        a = torch.cumprod(1 - scriptc.linear_beta_schedule(4000), 0)
+        log_snr = torch.log(a / (1 - a))
+        assert probability.shape == (4000,) and probability.sum().item() == pytest.approx(1)
+        for below in (mean - 2, mean, mean + 2):
+            expected = 0.5 * math.erfc((mean - below) / scriptc.DENSITY_DEVIATION / 2**0.5)
+            assert probability[log_snr < below].sum().item() == pytest.approx(expected, abs=0.03)
+
+
 # The network
 
 
@@ -119,7 +130,7 @@ def test_every_block_is_told_the_time():
     model = random_network().requires_grad_(True)
     model(torch.randn(2, 3, 32, 32), torch.tensor([10, 700])).square().mean().backward()
     blocks = [module for module in model.modules() if isinstance(module, scriptc.Block)]
-    assert len(blocks) >= 8 and all(block.time.weight.grad.abs().max() > 0 for block in blocks)
+    assert len(blocks) >= 8 and all(block.time_projection.weight.grad.abs().max() > 0 for block in blocks)
 
 
 def test_the_whole_image_is_seen_from_the_middle():
@@ -166,23 +177,6 @@ def test_ddpm_is_the_ancestral_sampling_of_ho_et_al():
         variance = (1 - before) / (1 - alphas_cumprod[t]) * betas[t]
         x = (mean + variance.sqrt() * (torch.randn(1, 3, 16, 16, generator=stream) if t else 0)).float()
     assert torch.allclose(scriptc.sample(model, 1, 20, "ddpm", seed=3), x, atol=1e-4)
-
-
-def test_a_guide_is_left_behind_by_as_much_as_guidance_says():
-    model, guide = random_network(image_size=16), random_network(image_size=16)
-    guide.last[-1].weight.mul_(0.5)
-    alone = scriptc.sample(model, 2, 4, guidance=1.2)
-    model.guides = (guide,)
-    assert guide.state_dict().keys() == model.state_dict().keys()
-    assert torch.equal(scriptc.sample(model, 2, 4, guidance=0), alone)
-
-    class Guided(scriptc.SimpleUnet):
-        def forward(self, x, t):
-            return 2.2 * model(x, t) - 1.2 * guide(x, t)
-
-    with torch.no_grad():
-        expected = scriptc.sample(Guided((8,), 16), 2, 4)
-    assert torch.allclose(scriptc.sample(model, 2, 8, guidance=1.2), expected, atol=1e-4)
 
 
 def test_an_image_is_the_same_however_many_are_drawn_with_it():
