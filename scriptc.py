@@ -8,9 +8,9 @@
 Order of the file: settings, method (schedule, network, sampling), training, data, pictures, checkpoint, plumbing, main.
 Read settings and method first; they are the whole algorithm. `training_step` and `train` show how it is trained.
 
-The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols: x_0 is an
-image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's alpha-bar_t. Sampling
-adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
+The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols: x_0 is
+an image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's alpha-bar_t.
+Sampling adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
 """
 
 import time
@@ -19,13 +19,10 @@ START = time.time()  # before the slow imports, since --minutes includes them
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
 import hashlib
-import io
-import itertools
 import json
 import math
 import mmap
@@ -45,15 +42,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torchvision.utils import make_grid
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -71,57 +65,50 @@ STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the 
 DEMO_IMAGES, DEMO_SIZE, DEMO_MINUTES = 2000, 32, 5
 
 
-def number(kind, least, most, multiple_of=None):
-    """An argparse type: an int or a float (`kind`) from `least` to `most` that is a multiple of `multiple_of`."""
+def between(kind, least, most, step=None):
+    """An argparse type: an int or a float (`kind`) from `least` to `most`, a multiple of `step` if that is given."""
 
-    def convert(text):
+    def number(text):
         value = kind(text)  # argparse says what ValueError means
-        if not least <= value <= most or multiple_of and value % multiple_of:
-            multiple = f", a multiple of {multiple_of}" if multiple_of else ""
+        if not least <= value <= most or step and value % step:
+            multiple = f", a multiple of {step}" if step else ""
             raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}{multiple}")
         return value
 
-    convert.__name__ = "number"  # as argparse calls it in messages
-    return convert
+    return number
 
 
 def build_parser():
     """Every setting, its default and its unit."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description="Train a denoising diffusion network on a folder of faces, and draw new ones.",
+        usage="%(prog)s [flags]", description="Train a denoising diffusion network on faces, and draw new ones.",
         epilog="Training settings that are not given come from the checkpoint if there is one, else from the defaults.")
+    count, minutes = between(int, 1, 10**9), between(float, 1e-3, 1e6)
     add = parser.add_argument_group("data").add_argument
-    add("--dataroot", metavar="DIR", help="train on every image below this folder (default: fake_face beside the script)")
+    add("--dataroot", metavar="DIR", help="train on all images below it (default: fake_face beside the script)")
     add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
-    add("--checkpoint", metavar="FILE", help="created, later resumed (default: model_checkpoint.pth beside the script)")
-    add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself; keeps all in results/demo")
+    add("--checkpoint", metavar="FILE", help="made, later resumed (default: model_checkpoint.pth beside the script)")
+    add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself; all is in results/demo")
     add = parser.add_argument_group("network").add_argument
-    add("--image-size", metavar="PX", type=number(int, 16, 256, 16), default=64,
+    add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
         help=f"side of the images in pixels, a multiple of 16 (default: 64, with --demo {DEMO_SIZE})")
-    add("--channels", metavar="C", type=number(int, 8, 4096, 8), nargs="+",
+    add("--channels", metavar="C", type=between(int, 8, 4096, 8), nargs="+",
         help="width at each resolution, from the full one down (default: by device and image size)")
-    add("--timesteps", metavar="T", type=number(int, 10, 10_000), default=1000, help="of the diffusion (default: 1000)")
+    add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000, help="diffusion steps (default: 1000)")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", metavar="N", type=number(int, 1, 10**9), default=128,
-        help="images per optimizer step, over all processes (default: 128)")
-    add("--epochs", metavar="N", type=number(int, 1, 10**9),
-        help="passes over the images (default: 100; no limit with --minutes or --max-steps)")
-    add("--minutes", metavar="M", type=number(float, 1e-3, 1e6),
-        help=f"time for the whole run, start-up included (default: no limit, with --demo {DEMO_MINUTES})")
-    add("--max-steps", metavar="N", type=number(int, 1, 10**9), help="optimizer steps in all (default: no limit)")
-    add("--lr", metavar="X", type=number(float, 1e-9, 1), default=8e-3, help="highest learning rate (default: 0.008)")
-    add("--seed", metavar="S", type=number(int, 0, 10**9), default=0,
-        help="for initial weights, image order, noise and samples (default: 0)")
-    add("--save-minutes", metavar="M", type=number(float, 1e-3, 1e6), default=10,
-        help="between two checkpoints; one more is saved at the end (default: 10)")
+    add("--batch-size", metavar="N", type=count, default=128, help="images per step, all processes (default: 128)")
+    add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no other limit is given)")
+    add("--minutes", metavar="M", type=minutes, help="time for the run, start-up included (default: no limit; demo 5)")
+    add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
+    add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3, help="highest learning rate (default: 0.008)")
+    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="of all random numbers (default: 0)")
+    add("--save-minutes", metavar="M", type=minutes, default=10, help="between two checkpoints (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
-    add("--sample", metavar="N", type=number(int, 1, 10**9), help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=number(int, 1, 10**9), default=30,
-        help="network evaluations for each image drawn (default: 30)")
+    add("--sample", metavar="N", type=count, help="no training: draw N images into results/samples")
+    add("--sample-steps", metavar="K", type=count, default=30, help="network evaluations per image (default: 30)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="default: auto, bf16 where the hardware has it, fp16 on older CUDA cards, else fp32")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto, by hardware")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile (default: no)")
     return parser
 
@@ -133,34 +120,27 @@ def read_settings(argv, config=None):
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.demo:
-        if args.dataroot or args.checkpoint:
-            parser.error("--demo draws its own faces and keeps all in results/demo: leave out --dataroot and --checkpoint")
-        parser.set_defaults(image_size=DEMO_SIZE)
-    if config:
-        limit_given = any(vars(args)[name] for name in LIMITS)
-        parser.set_defaults(**{name: config[name] for name in STORED if not (limit_given and name in LIMITS)})
+    if args.demo and (args.dataroot or args.checkpoint):
+        parser.error("--demo draws its own faces, keeps all in results/demo: leave out --dataroot and --checkpoint")
+    defaults = {"image_size": DEMO_SIZE, "minutes": DEMO_MINUTES} if args.demo else {"epochs": 100}
+    defaults |= {name: config[name] for name in STORED} if config else {}
+    if any(vars(args)[name] for name in LIMITS):
+        defaults = {name: defaults[name] for name in defaults if name not in LIMITS}
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if not any(vars(args)[name] for name in LIMITS):
-        args.minutes, args.epochs = (DEMO_MINUTES, None) if args.demo else (None, 100)
     args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
     args.dataroot = args.results / "faces" if args.demo else pathlib.Path(args.dataroot or HERE / "fake_face")
     args.checkpoint = pathlib.Path(args.checkpoint or (args.results if args.demo else HERE) / "model_checkpoint.pth")
     args.begin_anew = "--results NEW_FOLDER" if args.demo else "--checkpoint NEW.pth"
-    for name in NETWORK:
-        if config and vars(args)[name] != config[name]:
+    for name in NETWORK if config else ():
+        if vars(args)[name] != config[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{args.checkpoint} holds another network ({flag} {shown(config[name])} there, "
-                            f"{shown(vars(args)[name])} here): leave out {flag} to resume it, or begin a new run with "
-                            f"{args.begin_anew}")
+            raise UserError(f"{args.checkpoint} holds another network ({flag} {config[name]} there, {vars(args)[name]} "
+                            f"here): leave out {flag} to resume it, or begin a new run with {args.begin_anew}")
     if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
-        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as --channels "
-                        f"{shown(args.channels)} requires: give fewer channels or another size")
+        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as "
+                        "--channels requires: give fewer channels or another size")
     return args
-
-
-def shown(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def default_channels(device, image_size):
@@ -176,9 +156,9 @@ def default_channels(device, image_size):
 def linear_beta_schedule(timesteps):
     """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4), for any T from 10 up.
 
-    The paper's range, 1e-4 to 0.02, is for T = 1000. A shorter diffusion with the same betas leaves a part of the image at
-    the end, although samples start from pure noise. So the range is scaled by 1000 / T. The product of 1 - beta is below
-    1e-4 for every T.
+    The paper's range, 1e-4 to 0.02, is for T = 1000. A shorter diffusion with the same betas leaves a part of the image
+    at the end, although samples start from pure noise. So the range is scaled by 1000 / T. The product of 1 - beta is
+    below 1e-4 for every T.
     """
     scale = 1000 / timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
@@ -187,7 +167,7 @@ def linear_beta_schedule(timesteps):
 def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
     """Noise images in closed form: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, equation 4).
 
-    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), shaped as x_0.
+    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), as x_0.
     """
     if noise is None:
         noise = torch.randn_like(x_0)
@@ -202,10 +182,10 @@ def timestep_density(timesteps, image_size):
     """Probability (T,), float64, with which the training draws each timestep.
 
     With linear betas, half of all timesteps are almost pure noise, where the network can learn little. So timesteps are
-    drawn such that the log signal-to-noise ratio lambda = log(a_t / (1 - a_t)) has a normal density: the probability of t is
-    proportional to normal(lambda_t; mean, deviation) |d lambda / dt| (Hang et al. 2024, arXiv:2407.03297). In an image of
-    twice the side, noise of the same level hides half as much, so the mean is less by log 4 for each doubling (Hoogeboom et
-    al. 2023, arXiv:2301.11093).
+    drawn such that the log signal-to-noise ratio lambda = log(a_t / (1 - a_t)) has a normal density: the probability of
+    t is proportional to normal(lambda_t; mean, deviation) |d lambda / dt| (Hang et al. 2024, arXiv:2407.03297). In an
+    image of twice the side, noise of the same level hides half as much, so the mean is less by log 4 for each doubling
+    (Hoogeboom et al. 2023, arXiv:2301.11093).
     """
     a = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)
     log_snr = torch.log(a / (1 - a))
@@ -253,12 +233,12 @@ class Block(nn.Module):
 
 
 class SimpleUnet(nn.Module):
-    """Predicts the noise in x_t. A contracting path halves the image and deepens the features at each of `channels`; then
-    a bottleneck; then an expanding path doubles the image again. At each resolution the expanding path also gets the
-    features of the contracting path (skip connections, Ronneberger et al. 2015). Every block gets the time embedding.
+    """Predicts the noise in x_t. A contracting path halves the image and deepens the features at each of `channels`;
+    then a bottleneck; then an expanding path doubles the image again. At each resolution the expanding path also gets
+    the features of the contracting path (skip connections, Ronneberger et al. 2015). Every block gets t, embedded.
 
-    The layers compute F, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) F with a_t = alphas_cumprod[t]. Near pure
-    noise x_t itself is the best prediction, and so no layer has to copy it (F is the v of Salimans & Ho 2022,
+    The layers compute F, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) F with a_t = alphas_cumprod[t]. Near
+    pure noise x_t itself is the best prediction, and so no layer has to copy it (F is the v of Salimans & Ho 2022,
     arXiv:2202.00512, with the opposite sign). `image_size` (px) must be divisible by 2 ** (len(channels) - 1).
     """
 
@@ -319,8 +299,8 @@ def sampling_timesteps(timesteps, steps):
 def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
     """Draw `count` images, (count, 3, S, S) float32 in [-1, 1] on the CPU, from a trained SimpleUnet.
 
-    Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod), the share
-    of the image, b = sqrt(1 - alphas_cumprod), the share of the noise, and q = (b_s / a_s) / (b_t / a_t):
+    Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod), the
+    share of the image, b = sqrt(1 - alphas_cumprod), the share of the noise, and q = (b_s / a_s) / (b_t / a_t):
 
         x_s = (b_s / b_t) q^eta x_t  +  a_s (1 - q^(1 + eta)) x_0  +  b_s sqrt(1 - q^(2 eta)) fresh noise
 
@@ -381,13 +361,14 @@ def memory_format(device):
 # ------------------------------------------------------------------------------------------------------- training ----
 
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
+MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
 CPU_PIXELS = 128 * 64**2  # most pixels of a micro-batch on a CPU, which would swap rather than run out of memory
 IMAGES_PER_CORE = 32  # with fewer images for each core, all cores together are faster
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
-LOOK_SECONDS, PAGE_SECONDS, LOG_SECONDS = 0.5, 5, 30  # between updates of the bar, of index.html, of a log file
+LOOK_SECONDS, LOG_SECONDS = 2, 30  # between looks at the loss, and between lines of a log file
 
 # a, b, c of each iteration S <- a S + b S^3 + c S^5: the ones that bring singular values from 0.01 to 1 closest to 1 in
 # three iterations, found as in Amsel et al. 2025 (arXiv:2505.16932, section 3). The results lie between 0.73 and 1.27.
@@ -397,8 +378,8 @@ NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613,
 def orthogonalize(x):
     """Matrices x = U S V' (K, M, N) to about U V' (K, M, N), by Newton-Schulz iterations.
 
-    Each one multiplies x by a polynomial in the Gram matrix x x'. The polynomials are multiplied first and x last, since
-    the Gram matrix only has the shorter side of x, which for a 3 x 3 convolution is at most a ninth of the longer one.
+    Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x' has the
+    shorter side of x, for a 3 x 3 convolution at most a ninth of the longer one.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
@@ -414,28 +395,29 @@ def orthogonalize(x):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolution kernels (outputs, inputs, 3, 3).
 
-    The momentum of a kernel's gradient, a matrix (outputs, inputs x 3 x 3), is orthogonalized before it is subtracted, so
-    that an update is as large in rare directions as in common ones. With the factor 0.2 sqrt(longer side) (Liu et al.
-    2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning rate serves both.
+    The momentum of a kernel's gradient, a matrix (outputs, inputs x 3 x 3), is orthogonalized before it is subtracted,
+    so that an update is as large in rare directions as in common ones. With the factor 0.2 sqrt(longer side) (Liu et
+    al. 2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning rate serves both.
     """
 
-    def __init__(self, weights, lr, momentum=0.9):
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
+    def __init__(self, weights, lr):
+        super().__init__(weights, {"lr": lr})
         for weight in self.param_groups[0]["params"]:
             self.state[weight]["momentum"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self):
         """One update of all kernels; those of one shape are orthogonalized together."""
-        group, updates = self.param_groups[0], {}
-        for weight in group["params"]:
-            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-            updates.setdefault(weight.shape, []).append((weight, weight.grad.lerp(momentum, group["momentum"])))
-        for pairs in updates.values():
-            matrices = torch.stack([update.permute(0, 2, 3, 1).flatten(1) for _, update in pairs])  # as they lie in memory
-            rate = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"]
-            for (weight, _), update in zip(pairs, orthogonalize(matrices) * -rate):
-                kernel = weight.permute(0, 2, 3, 1)
+        groups = {}
+        for weight in self.param_groups[0]["params"]:
+            groups.setdefault(weight.shape, []).append(weight)
+        for weights in groups.values():
+            kernels, matrices = [weight.permute(0, 2, 3, 1) for weight in weights], []  # in the order of the memory
+            for weight in weights:
+                momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+                matrices.append(weight.grad.lerp(momentum, MOMENTUM).permute(0, 2, 3, 1).flatten(1))
+            rate = 0.2 * math.sqrt(max(matrices[0].shape)) * self.param_groups[0]["lr"]
+            for kernel, update in zip(kernels, orthogonalize(torch.stack(matrices)) * -rate):
                 kernel.add_(update.reshape(kernel.shape))
 
 
@@ -453,7 +435,6 @@ class Progress:
     history: list = dataclasses.field(default_factory=list)  # rows of metrics.csv
     images: int = 0  # identifies the set of training images of the current epoch
     heldout: list = dataclasses.field(default_factory=list)  # identify the held-out images that are compared over time
-    finished: bool = False
 
 
 class Run:
@@ -467,7 +448,9 @@ class Run:
         with rank_0_first():
             names, pixels, self.skipped = load_images(args.dataroot, args.image_size, args.results)
         self.train_rows, self.heldout_rows, at.heldout, images = split(names, at.heldout)
-        require_same(at.epoch, at.step, at.images_seen, images)
+        if broadcast(at.epoch, at.step, images) != (at.epoch, at.step, images):
+            raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: --checkpoint and "
+                            "--dataroot must be on a disk that all machines share")
         if images != at.images:  # the folder has changed: begin the epoch anew with the images of today
             at.images, at.images_in_epoch, at.losses = images, 0, [0.0, 0.0]
         at.history = [row for row in at.history if row[0] <= at.epoch]  # an interrupted epoch gets its row later
@@ -497,8 +480,9 @@ class Run:
         if device.type == "cpu":
             self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
-        self.lr = self.drawing = self.evaluation = 0.0  # drawing: seconds spent on pictures; evaluation: of one image
+        self.lr = self.drawing = self.evaluation = 0.0  # seconds spent on pictures; seconds to evaluate one image
         self.begun, self.begun_seen = time.time(), at.images_seen  # of this start
+        self.looked, self.said = 0.0, self.begun  # times of the last look at the loss and line of a log file
         self.begun_part = self.part_done()
 
     def seconds(self):
@@ -506,7 +490,7 @@ class Run:
         return self.at.seconds + time.time() - START
 
     def images_per_second(self):
-        return max(self.at.images_seen - self.begun_seen, 1e-9) / (time.time() - self.begun)
+        return (self.at.images_seen - self.begun_seen) / max(time.time() - self.begun, 1e-9)
 
     def part_done(self):
         """The part of the run that is done, 0 to 1, by steps or by the clock, which counts from the first step on."""
@@ -526,16 +510,18 @@ class Run:
 
     def pictures_seconds(self, steps):
         """An estimate of the time for held-out error and pictures with `steps` evaluations for each image."""
-        evaluation = self.evaluation or 1 / (3 * self.images_per_second())  # forward and backward are about three
+        speed = 3 * self.images_per_second()  # of evaluations: forward and backward are about three
+        evaluation = self.evaluation or speed and 1 / speed  # 0 before the first step
         return (len(self.heldout_rows) + 64 * steps) * evaluation + 2
 
-    def state(self):
-        """What a checkpoint holds, as a copy on the CPU."""
-        at = dataclasses.asdict(self.at) | {"seconds": self.seconds(), "losses": self.losses.tolist()}
-        return snapshot({"version": VERSION, "model": self.model.state_dict(), "ema": self.ema.state_dict(),
-                         "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                         "scaler": self.scaler.state_dict(), "config": {name: vars(self.args)[name] for name in STORED},
-                         **at})
+    def state(self, finished=False):
+        """What a checkpoint holds, as a copy on the CPU, which training does not change any more."""
+        progress = dataclasses.asdict(self.at) | {"seconds": self.seconds(), "losses": self.losses.tolist()}
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state = {**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
+                 "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
+                 "config": {name: vars(self.args)[name] for name in STORED}}
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def build_optimizers(model, lr, device):
@@ -550,11 +536,6 @@ def build_optimizers(model, lr, device):
             "adam": torch.optim.Adam(others, torch.tensor(lr, device=device), betas=(0.9, 0.99), fused=True)}
 
 
-def learning_rate(highest, part):
-    """The learning rate when the part `part` (0 to 1) of the run is done."""
-    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
-
-
 def random_draws(run, count):
     """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device.
 
@@ -563,24 +544,25 @@ def random_draws(run, count):
     """
     stream, size = generator("step", run.args.seed, run.at.step, device=run.device), run.args.image_size
     flip = torch.rand(count, generator=stream, device=run.device) < 0.5
-    quantile = (torch.arange(count, device=run.device) + torch.rand(count, generator=stream, device=run.device)) / count
+    position = torch.rand(count, generator=stream, device=run.device)
+    quantile = (torch.arange(count, device=run.device) + position) / count
     t = torch.searchsorted(run.cumulative_density, quantile).clamp(max=run.args.timesteps - 1)
     noise = torch.randn(count, size, size, 3, generator=stream, device=run.device).permute(0, 3, 1, 2)
     return flip, t, noise.contiguous(memory_format=memory_format(run.device))
 
 
-def backward(run, rows, draws, part, is_last):
-    """Noise one micro-batch, predict the noise, L1 loss, backward. Returns its part of the batch's mean error and gradients.
+def backward(run, batch, rows, flip, t, noise, is_last):
+    """Noise a micro-batch `rows` (b,), predict the noise, L1 loss, backward. Returns (loss, gradients), of which those
+    of all micro-batches add up to the mean error of the `batch` images of the step and its gradient.
 
-    `part` is the slice of the batch `rows` and of its random `draws`. With several processes DistributedDataParallel adds
-    up the gradients itself, after the last micro-batch, and none are returned.
+    With several processes DistributedDataParallel itself adds up the gradients, after the last micro-batch, and none
+    are returned.
     """
-    flip, t, noise = (draw[part] for draw in draws)
-    x_t, _ = forward_diffusion(run.faces.batch(rows[part], flip), t, run.model.alphas_cumprod, noise)
+    x_t, _ = forward_diffusion(run.faces.batch(rows, flip), t, run.model.alphas_cumprod, noise)
     with contextlib.nullcontext() if is_last or PROCESSES == 1 else run.network.no_sync():
         with autocast(run.device, run.precision):
             predicted = run.network(x_t, t)
-        loss = F.l1_loss(predicted.float(), noise, reduction="sum") / draws[-1].numel()
+        loss = F.l1_loss(predicted.float(), noise, reduction="sum") / (batch * noise[0].numel())
         if PROCESSES == 1:
             return loss.detach(), torch.autograd.grad(run.scaler.scale(loss), run.weights)
         run.scaler.scale(loss * PROCESSES).backward()  # gradients are averaged over the processes, but losses add up
@@ -590,19 +572,18 @@ def backward(run, rows, draws, part, is_last):
 def accumulate_gradients(run, rows):
     """The gradient of the batch of images `rows` (B,) into the weights. Returns the batch's mean error, ().
 
-    On a CPU each core computes its own micro-batches, so that no core waits for another after each operation. Where memory
-    is too small for a micro-batch, its size is halved and the same step repeated.
+    On a CPU each core computes its own micro-batches, so that no core waits for another after each operation. Where
+    memory is too small for a micro-batch, its size is halved and the same step repeated.
     """
-    draws = random_draws(run, len(rows))
     begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
+    share = [values[begin:end] for values in (rows, *random_draws(run, len(rows)))]
     while True:
         count = max(1, math.ceil((end - begin) / run.micro_batch), min(run.cores, (end - begin) // IMAGES_PER_CORE))
-        bounds = [begin + (end - begin) * number // count for number in range(count + 1)]
-        parts, error = [slice(*pair) for pair in itertools.pairwise(bounds)], torch.zeros((), device=run.device)
-        compute = functools.partial(backward, run, rows, draws)
+        parts, error = [values.tensor_split(count) for values in share], torch.zeros((), device=run.device)
+        compute, is_last = functools.partial(backward, run, len(rows)), [False] * (count - 1) + [True]
+        run_all = run.pool.map if min(count, run.cores) > 1 else map
         try:
-            results = (run.pool.map if min(count, run.cores) > 1 else map)(compute, parts, [*[False] * (count - 1), True])
-            for loss, gradients in results:  # in this order, so that a run repeats to the bit
+            for loss, gradients in run_all(compute, *parts, is_last):  # in this order, so that a run repeats to the bit
                 error += loss
                 for weight, gradient in zip(run.weights, gradients):
                     weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -617,9 +598,9 @@ def accumulate_gradients(run, rows):
 
 
 def training_step(run, rows, part):
-    """One optimizer step on images `rows` (B,), row numbers in run.faces, when the part `part` (0 to 1) of the run is done.
+    """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done.
 
-    A gradient that is not finite counts as zero, and so does the learning rate then. So nothing waits for the device.
+    A gradient that is not finite counts as zero, and so does the learning rate then: nothing waits for the device.
     """
     error = accumulate_gradients(run, rows)
     for optimizer in run.optimizers.values():
@@ -627,7 +608,7 @@ def training_step(run, rows, part):
     finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
     for weight in run.weights:
         weight.grad = torch.where(finite, weight.grad, 0)
-    run.lr = learning_rate(run.args.lr, part)
+    run.lr = run.args.lr * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
     for optimizer in run.optimizers.values():
         optimizer.param_groups[0]["lr"].copy_(run.lr * finite)
         optimizer.step()
@@ -644,15 +625,16 @@ def training_step(run, rows, part):
 
 @torch.no_grad()
 def heldout_loss(run):
-    """Mean L1 error of the averaged network on held-out images. Timesteps are uniform and, like the noise, the same every
-    time, so that runs of any timestep density can be compared."""
+    """Mean L1 error of the averaged network on held-out images, for uniform timesteps and noise that never change, so
+    that runs of any timestep density can be compared."""
     count, errors = len(run.heldout_rows), []
     timesteps = ((torch.arange(count) + 0.5) / count * run.args.timesteps).long().to(run.device)
-    for part in (slice(first, min(first + run.micro_batch, count)) for first in range(0, count, run.micro_batch)):
-        streams = [generator("held-out", number, device=run.device) for number in range(part.start, part.stop)]
-        x_0, t, noise = run.faces.batch(run.heldout_rows[part]), timesteps[part], randn(streams, run.args.image_size)
+    for numbers in torch.arange(count).split(run.micro_batch):
+        streams = [generator("held-out", number, device=run.device) for number in numbers.tolist()]
+        x_0, t = run.faces.batch(run.heldout_rows[numbers]), timesteps[numbers]
+        x_t, noise = forward_diffusion(x_0, t, run.model.alphas_cumprod, randn(streams, run.args.image_size))
         with autocast(run.device, run.precision):
-            predicted = run.ema(forward_diffusion(x_0, t, run.model.alphas_cumprod, noise)[0], t)
+            predicted = run.ema(x_t, t)
         errors.append(F.l1_loss(predicted.float(), noise, reduction="sum").item() / noise[0].numel())
     return sum(errors) / count
 
@@ -664,18 +646,46 @@ def batches_left(run):
     return rest.tensor_split(math.ceil(len(rest) / run.args.batch_size)) if len(rest) else ()
 
 
-def end_epoch(run, report, stop, at_end):
-    """Held-out error, metrics, log line and pictures of an epoch, or of the part of it with which the run ends."""
+def is_overfitting(errors):
+    """Whether the held-out errors of the last three epochs are all 3% above the lowest."""
+    return len(errors) > 3 and min(errors[-3:]) > 1.03 * min(errors)
+
+
+def report_step(run, bar, count):
+    """Show a step of `count` images. Reads from the device only now and then, since that waits for it."""
+    bar.update(count)
+    if time.time() - run.looked < LOOK_SECONDS:
+        return
+    run.looked = time.time()
+    status = f"loss {run.losses[0] / run.losses[1]:.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
+    bar.set_postfix_str(status, refresh=False)
+    if bar.disable and run.looked - run.said > LOG_SECONDS:
+        run.said = run.looked
+        say(f"epoch {run.at.epoch + 1}: {run.at.images_in_epoch:,} of {len(run.train_rows):,} images, {status}")
+    warn_if_not_written(write_page, run.args.results, run, "training")
+    if run.bad_steps >= BAD_STEPS:
+        raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the checkpoint "
+                        "with a lower --lr or with --precision fp32")
+
+
+def end_epoch(run, at_end, stop):
+    """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends."""
     at, args, begun = run.at, run.args, time.time()
     if RANK == 0 and at.images_in_epoch:
-        at.history.append([at.epoch + 1, at.step, at.images_seen, (run.losses[0] / run.losses[1]).item(), heldout_loss(run),
-                           run.lr, run.images_per_second(), run.seconds()])
-        report.end_epoch(at_end)
+        loss, heldout, speed = (run.losses[0] / run.losses[1]).item(), heldout_loss(run), run.images_per_second()
+        at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, run.lr, speed, run.seconds()])
+        say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f}, {speed:.0f} images/s, "
+            f"{run.seconds_left() / 60:.1f} minutes left")
+        errors = [row[4] for row in at.history]
+        if is_overfitting(errors) and not is_overfitting(errors[:-1]):
+            say("overfit   the held-out error rises: the network begins to repeat its images. More images help, or "
+                "fewer --epochs or --minutes")
     if at.images_in_epoch >= len(run.train_rows):
         at.epoch, at.images_in_epoch = at.epoch + 1, 0
         run.losses.zero_()
     if RANK == 0:
-        write_metrics(at.history, args.results)
+        with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
+            file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
         steps = args.sample_steps if at_end else max(1, args.sample_steps // 2)
         if at_end or run.drawing + run.pictures_seconds(steps) < DRAWING_SHARE * (time.time() - run.begun):
             draw_pictures(run, steps, stop)
@@ -685,11 +695,11 @@ def end_epoch(run, report, stop, at_end):
 
 def train(run):
     """Train to the end of the run. Returns the exit status: 0 finished, 130 stopped by Ctrl-C or SIGTERM."""
-    at, args, report, stop = run.at, run.args, Report(run), []
+    at, args, stop, at_end, stopped = run.at, run.args, [], False, False
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the run, the second ends the program at once
         signal.signal(number, lambda *_: os._exit(130) if stop else stop.append(True))
-    while True:
-        report.begin_epoch()
+    while not (at_end or stopped):
+        bar = Bar(desc=f"epoch {at.epoch + 1}", total=len(run.train_rows), initial=at.images_in_epoch)
         for rows in batches_left(run):
             part, stopped = broadcast(run.part_done(), bool(stop))
             if stopped or part >= 1 and at.step:
@@ -698,23 +708,20 @@ def train(run):
             training_step(run, rows, part)
             if RANK == 0:
                 run.saver.save_if_due(run.state)  # writes in the background
-                report.step(len(rows))
-        report.bar.close()
+                report_step(run, bar, len(rows))
+        bar.close()
         at_end, stopped = broadcast(run.part_done() >= 1, bool(stop))
         if not stopped:
-            warn_if_not_written(end_epoch, run, report, stop, at_end)
+            warn_if_not_written(end_epoch, run, at_end, stop)
         stopped, = broadcast(bool(stop))  # a last grid that Ctrl-C cut short is drawn at the next start
-        if not (at_end or stopped):
-            continue
-        at.finished = not stopped
-        if RANK == 0:
-            run.saver.save_last(run.state(), tries=1 if stopped else 3)
-            warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
-        if stopped:
-            say(f"Stopped after {at.step} steps, checkpoint saved: the same command resumes the run.")
-            return 130
-        say(f"Done in {duration(run.seconds())}. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
-        return 0
+    if RANK == 0:
+        run.saver.save_last(run.state(finished=not stopped))
+        warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
+    if stopped:
+        say(f"Stopped after {at.step} steps, checkpoint saved: the same command resumes the run.")
+        return 130
+    say(f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------- data ----
@@ -727,11 +734,11 @@ HELDOUT_ONE_IN = 20
 
 
 def read_image(path, size):
-    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Raises what Pillow does."""
+    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Raises anything."""
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"claims {image.width} x {image.height} pixels")
-        image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled while it is decoded, to no less than twice the size
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled as it is decoded, to no less than twice the size
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits per channel, which Pillow would clip
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -745,9 +752,7 @@ def read_image(path, size):
 def decode(path, size):
     """read_image for any file: (pixels, "") or (None, the reason to skip it)."""
     try:
-        if not os.path.isfile(path):
-            return None, "not a file"
-        return (read_image(path, size), "") if os.path.getsize(path) else (None, "empty")
+        return (read_image(path, size), "") if os.path.isfile(path) else (None, "not a file")
     except UnidentifiedImageError:
         return None, "not an image that this program can read"
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
@@ -758,12 +763,10 @@ def list_files(root):
     """Sorted (name, bytes, modified in ns) of every file below `root`, through links, without hidden ones."""
     files, visited = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in visited:  # through a link
-            folders.clear()
-            continue
+        seen = os.path.realpath(folder) in visited  # through a link
         visited.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+        folders[:] = [name for name in folders if not name.startswith(".") and not seen]
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".") and not seen):
             size, modified = 0, 0
             with contextlib.suppress(OSError):  # a link to nowhere, or deleted since
                 size, modified = os.stat(path).st_size, os.stat(path).st_mtime_ns
@@ -772,25 +775,25 @@ def list_files(root):
 
 
 def open_cache(path, size, files):
-    """({(name, bytes, modified): reason to skip it or ""}, memory-mapped pixels) of the cache; ({}, None) if it is damaged.
+    """({(name, bytes, modified): reason to skip it or ""}, memory-mapped pixels) of the cache; ({}, None) if damaged.
 
-    `path` has the pixels of all files without a reason, (N, size, size, 3) uint8, then a random token; `path`.json has the
-    same token and, in the same order, [name, bytes, modified, reason] of all files.
+    `path` has the pixels of all files without a reason, (N, size, size, 3) uint8, then a random token; `path`.json has
+    the same token and, in the same order, [name, bytes, modified, reason] of all files.
     """
     try:
         index_path, most = path.with_name(path.name + ".json"), 10_000 + sum(6 * len(name) + 2000 for name, *_ in files)
         if not (path.is_file() and index_path.is_file() and index_path.stat().st_size < most):
             return {}, None
         saved = json.loads(index_path.read_text(encoding="utf-8"))
-        index = {(str(name), int(length), int(modified)): str(reason) for name, length, modified, reason in saved["files"]}
+        index = {(str(name), int(length), int(time)): str(reason) for name, length, time, reason in saved["files"]}
         shape = (sum(not reason for reason in index.values()), size, size, 3)
         with open(path, "rb") as file:
             file.seek(math.prod(shape))
-            if file.read(100) != saved["token"].encode():
-                return {}, None
-        return index, np.memmap(path, np.uint8, "c", shape=shape)
-    except Exception:  # a damaged file can make the readers raise almost anything; the cache is written again
-        return {}, None
+            if file.read(100) == saved["token"].encode():
+                return index, np.memmap(path, np.uint8, "c", shape=shape)
+    except Exception:  # a damaged file can make the readers raise almost anything
+        pass
+    return {}, None
 
 
 def write_cache(path, size, root, files, index, pixels):
@@ -802,7 +805,7 @@ def write_cache(path, size, root, files, index, pixels):
             return (pixels[rows[file]] if file in rows else None), index[file]
         return decode(os.path.join(root, file[0]), size)
 
-    written, token, bar = [], secrets.token_hex(8), Bar(f"reading images at {size} px", len(files))
+    written, token, bar = [], secrets.token_hex(8), Bar(desc=f"reading images at {size} px", total=len(files))
     with replacing(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
         with contextlib.suppress(KeyboardInterrupt):  # the next start goes on from what is done
@@ -834,9 +837,8 @@ def load_images(root, size, results):
     names = [name for (name, *_), reason in index.items() if not reason]
     skipped = {name: reason for (name, *_), reason in index.items() if reason and name.lower().endswith(SUFFIXES)}
     if len(names) < 2:
-        raise UserError(f"{root} holds {len(names) or 'no'} usable image{'s' * (len(names) != 1)}"
-                        f"{f' and {len(skipped)} that are not' if skipped else ''}: run download_images.py to fetch faces, "
-                        "or name a folder of images with --dataroot (--demo needs none)")
+        raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: run "
+                        "download_images.py to fetch faces, or name a folder with --dataroot (--demo needs none)")
     return names, pixels, skipped
 
 
@@ -847,12 +849,11 @@ def split(names, compared=()):
     held-out rows are those of the hashes `compared` while there are any, else the first HELDOUT_MOST.
     """
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little") for name in names])
-    heldout, order = (hashes % HELDOUT_ONE_IN == 0) | np.isin(hashes, compared), hashes.argsort()
+    known, order = np.isin(hashes, compared), hashes.argsort()
+    heldout = (hashes % HELDOUT_ONE_IN == 0) | known
     if heldout.all() or not heldout.any():  # neither side is ever empty
         heldout[order[0]], heldout[order[-1]] = True, False
-    rows = order[heldout[order]]
-    known = rows[np.isin(hashes[rows], compared)]
-    rows = known if len(known) else rows[:HELDOUT_MOST]
+    rows = order[(heldout & known)[order]] if (heldout & known).any() else order[heldout[order]][:HELDOUT_MOST]
     return (torch.from_numpy(np.flatnonzero(~heldout)), torch.from_numpy(rows), hashes[rows].tolist(),
             zlib.crc32(hashes[~heldout].tobytes()))
 
@@ -867,12 +868,9 @@ class Faces:
 
     def batch(self, rows, flip=None):
         """Images x_0 (B, 3, S, S) in [-1, 1] of `rows` (B,), mirrored where `flip` (B,) is True."""
-        images, on_cuda = self.pixels[rows.to(self.pixels.device)], self.device.type == "cuda"
-        if hasattr(self.mapped._mmap, "madvise"):  # what was read stays in the system's page cache, but not in our memory
+        images = self.pixels[rows.to(self.pixels.device)].to(self.device)
+        if hasattr(self.mapped._mmap, "madvise"):  # what was read stays in the system's page cache, not in our memory
             self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
-        if on_cuda and images.device.type == "cpu":
-            images = images.pin_memory()
-        images = images.to(self.device, non_blocking=on_cuda)  # not on MPS: the source could be freed before it is copied
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
         return to_x_0(images).contiguous(memory_format=memory_format(self.device))
@@ -899,15 +897,28 @@ def save_grid(images, path, columns=8):
         to_image(make_grid(images, nrow=columns, padding=2, pad_value=-1)).save(file, "PNG")
 
 
+def draw(model, count, at_once=64, first=0, **settings):
+    """sample() of `count` images, at most `at_once` at a time, fewer where memory is too small."""
+    images = []
+    while len(images) < count:
+        part = min(at_once, count - len(images))
+        try:
+            images.extend(sample(model, part, first=first + len(images), **settings))
+        except RuntimeError as error:
+            at_once = halved(part, error)
+    return torch.stack(images)
+
+
 def draw_pictures(run, steps, stop):
-    """Grid, denoising strip, loss curve and animation of this moment of the run, with `steps` evaluations for an image."""
+    """Grid, denoising strip, loss curve and animation of this moment of the run, with `steps` evaluations per image."""
     folder, history, stages = run.args.results, run.at.history, []
 
     def on_step(x_t, x_0):
         stages.append((x_t[:4].cpu(), x_0[:4].cpu()))
         return stop
 
-    images = draw(run.ema, 64, steps, run.args.seed, precision=run.precision, at_once=run.micro_batch, on_step=on_step)
+    images = draw(run.ema, 64, run.micro_batch, steps=steps, seed=run.args.seed, precision=run.precision,
+                  on_step=on_step)
     if not stop:
         save_grid(images, folder / "epoch_{}_step_{}.png".format(*history[-1]))
         save_denoising([*stages[:steps], (images[:4], images[:4])], folder / "denoising.png")
@@ -918,8 +929,8 @@ def draw_pictures(run, steps, stop):
 def save_denoising(stages, path, columns=10):
     """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same moments.
 
-    `stages` are pairs (x_t, x_0), each (N, 3, S, S), noisiest first. The moments are chosen such that the pictures change
-    equally from column to column.
+    `stages` are pairs (x_t, x_0), each (N, 3, S, S), noisiest first. The moments are chosen such that the pictures
+    change equally from column to column.
     """
     pictures = torch.stack([torch.stack(pair, dim=1) for pair in stages])  # (moments, N, 2, 3, S, S)
     change = F.pad(pictures.diff(dim=0).abs().flatten(1).mean(dim=1).cumsum(0), (1, 0))
@@ -936,10 +947,10 @@ def grids(folder, history):
 def save_animation(paths, path, frames=60, side=1100):
     """At most `frames` of the grids `paths`, evenly chosen, as a WebP animation at most `side` pixels wide."""
     pictures = []
-    for number in sorted({round(number) for number in np.linspace(0, len(paths) - 1, frames)}):
+    for number in np.unique(np.linspace(0, len(paths) - 1, frames).round().astype(int)):
         with Image.open(paths[number]) as picture:
             scale = max(1, round(540 / picture.width))  # small pictures are enlarged, each pixel to a square
-            pictures.append(picture.convert("RGB").resize((scale * picture.width, scale * picture.height), 0))
+            pictures.append(ImageOps.scale(picture.convert("RGB"), scale, Image.Resampling.NEAREST))
             pictures[-1].thumbnail((side, side))
     with replacing(path) as file:
         pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], loop=0, quality=75,
@@ -947,45 +958,38 @@ def save_animation(paths, path, frames=60, side=1100):
 
 
 def distances(images, pixels):
-    """Root of the summed squared differences (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, and
-    training images, pixels (M, S, S, 3) uint8."""
+    """Euclidean distances (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, whichever is closer,
+    and training images, pixels (M, S, S, 3) uint8."""
     both = torch.stack((images, images.flip(3))).flatten(2)
-    parts = (to_x_0(torch.from_numpy(pixels[first:first + 1000])).flatten(1) for first in range(0, len(pixels), 1000))
+    parts = (to_x_0(part).flatten(1) for part in torch.from_numpy(pixels).split(1000))
     return torch.cat([torch.cdist(both, part).amin(0) for part in parts], dim=1)
 
 
 def save_nearest(images, pixels, path):
-    """Each of `images` (N, 3, S, S) beside the closest training image and a number below: their distance, divided by the
+    """Each of `images` (N, 3, S, S) beside the closest training image, with a number: their distance, divided by the
     median distance between a training image and its closest other one. Returns the numbers (N,)."""
     rows = np.linspace(0, len(pixels) - 1, min(len(pixels), 200)).astype(int)
     between = distances(to_x_0(torch.from_numpy(pixels[rows])), pixels)
     between[np.arange(len(rows)), rows] = math.inf
     least, closest = distances(images, pixels).min(dim=1)
     ratios = least / between.amin(1).median()
+    pairs = torch.stack((images, to_x_0(torch.from_numpy(pixels[closest]))), dim=1)
     lines = math.ceil(len(images) / 4)
-    figure = new_figure(8, 1.2 * lines)
-    for number, axes in enumerate(figure.subplots(lines, 4, squeeze=False).flat):
+    figure = Figure(figsize=(8, 1.2 * lines), layout="constrained")
+    for number, pair in enumerate(pairs):
+        axes = figure.add_subplot(lines, 4, number + 1)
         axes.axis("off")
-        if number < len(images):
-            pair = [images[number], *to_x_0(torch.from_numpy(pixels[closest[number]][None]))]
-            axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
-            axes.set_title(f"{ratios[number]:.2f}", y=-0.25, fontsize=9)
+        axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
+        axes.set_title(f"{ratios[number]:.2f}", y=-0.25, fontsize=9)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return ratios
 
 
-def new_figure(width, height):
-    """A matplotlib figure, width x height inches; matplotlib is imported here, since that takes half a second."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def save_curve(history, path):
     """The loss curve: one point for each epoch, against images seen."""
     table = dict(zip(COLUMNS, zip(*history, strict=True), strict=True))
-    figure = new_figure(8, 4.5)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images, averaged weights")):
         axes.plot(table["images_seen"], table[name], label=label, marker="." if len(history) < 30 else None)
@@ -999,12 +1003,6 @@ def save_curve(history, path):
         figure.savefig(file, format="png", dpi=120)
 
 
-def write_metrics(history, folder):
-    """metrics.csv, always whole, so that no row is cut off or there twice."""
-    with replacing(folder / "metrics.csv") as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        csv.writer(text).writerows([COLUMNS, *history])
-
-
 def write_page(folder, run=None, status=None):
     """run.js, the data of index.html: a function call, since a page that is opened from disk can load scripts only.
 
@@ -1013,8 +1011,8 @@ def write_page(folder, run=None, status=None):
     data, path = {}, folder / "run.js"
     if run:
         rows = run.at.history
-        data = {"state": status, "progress": run.part_done(), "seconds": run.seconds(), "seconds_left": run.seconds_left(),
-                "images_per_second": run.images_per_second(), "settings": describe(run), "columns": COLUMNS,
+        data = {"state": status, "progress": run.part_done(), "seconds": run.seconds(), "columns": COLUMNS,
+                "seconds_left": run.seconds_left(), "images_per_second": run.images_per_second(), "settings": run.about,
                 "history": rows[::-math.ceil(len(rows) / 1000) or -1][::-1], "grids": grids(folder, rows),
                 "grid": {"side": run.args.image_size, "padding": 2, "per_row": 8, "count": 64}}
     elif path.exists():
@@ -1036,15 +1034,6 @@ def previous_path(path):
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def snapshot(state):
-    """A copy of a nested state on the CPU, which training does not change any more."""
-    if isinstance(state, dict):
-        return {name: snapshot(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [snapshot(value) for value in state]
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
-
-
 def save_checkpoint(path, state):
     """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before.
 
@@ -1056,49 +1045,37 @@ def save_checkpoint(path, state):
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-        if path.exists():
-            spare = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-            try:
-                os.link(path, spare)  # a second name, so that there is a checkpoint at `path` at every moment
-                os.replace(spare, previous_path(path))
-            except OSError:  # a file system without links: at every moment there is one under one of the two names
-                os.replace(path, previous_path(path))
-
-
-def read_whole(path):
-    """The checkpoint in the file `path`. Raises if it is truncated, corrupt, not a checkpoint, or a decompression bomb.
-
-    Only tensors and plain values are loaded (weights_only), so nothing in the file is executed.
-    """
-    with zipfile.ZipFile(path) as file:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
-            raise ValueError("it is damaged")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved.get("version") != VERSION:
-        raise ValueError("it is not from this version of the program")
-    return saved
+        if path.exists():  # a copy, so that there is a checkpoint at `path` at every moment
+            shutil.copyfile(path, previous_path(path))
 
 
 def read_checkpoint(path):
     """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet.
 
-    A damaged one is renamed, never overwritten. UserError where there are files, but none that can be used.
+    A damaged one is renamed, never overwritten. UserError where there are files, but none that can be used. Only
+    tensors and plain values are loaded, so nothing in a file is executed.
     """
-    errors = {}
+    problem = ""
     for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
-            saved = read_whole(candidate)
+            with zipfile.ZipFile(candidate) as file:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
+                    raise ValueError("it is damaged")  # or a decompression bomb
+            saved = torch.load(candidate, map_location="cpu", weights_only=True)
+            if saved.get("version") != VERSION:
+                raise ValueError("it is not from this version of the program")
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
-            errors[candidate] = (str(error) or type(error).__name__).partition("\n")[0]
+            reason = (str(error) or type(error).__name__).partition("\n")[0]
+            problem = problem or f"{candidate} is not a checkpoint that this program can resume ({reason})"
             continue
-        for damaged, reason in errors.items():
-            renamed = damaged.with_name(f"{damaged.name}.broken-{time.time():.0f}")
+        if problem:
+            broken = path.with_name(f"{path.name}.broken-{time.time():.0f}")
             with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
-                os.replace(damaged, renamed)
-            say(f"{damaged} cannot be read ({reason}): it is renamed to {renamed.name}, and {candidate.name} is used")
+                os.replace(path, broken)
+            say(f"{problem}: it is renamed to {broken.name}, and {candidate.name} is used")
         return saved
-    for damaged, reason in errors.items():
-        raise UserError(f"{damaged} is not a checkpoint that this program can resume ({reason}): move it away to begin anew")
+    if problem:
+        raise UserError(f"{problem}: move it away to begin anew")
     return None
 
 
@@ -1121,7 +1098,7 @@ def load_model(path, device="cpu"):
 
 
 class Saver:
-    """Writes a checkpoint every `seconds` in the background of training. A failed one is a warning and soon tried again."""
+    """Writes a checkpoint every `seconds` in the background. A failed one is a warning and soon tried again."""
 
     def __init__(self, path, seconds):
         self.path, self.seconds, self.thread, self.writing = path, seconds, ThreadPoolExecutor(1), None
@@ -1132,12 +1109,12 @@ class Saver:
         begun = time.time()
         try:
             save_checkpoint(self.path, state)
+            self.cost = time.time() - begun
+            return True
         except (OSError, RuntimeError) as error:
-            say(f"warning: {self.path} could not be saved ({error}). The one before stays. Is the disk full or disconnected?")
+            say(f"warning: {self.path} could not be saved ({error}). The one before stays. Is the disk full?")
             self.due = time.time() + min(self.seconds, RETRY_SECONDS)
             return False
-        self.cost = time.time() - begun
-        return True
 
     def save_if_due(self, state):
         """Begin to write what the function `state` returns, if it is time to and the last one is written."""
@@ -1145,20 +1122,20 @@ class Saver:
             self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # by then it is to be on disk
             self.writing = self.thread.submit(self.write, state())
 
-    def save_last(self, state, tries):
-        """Write `state` and wait for it; UserError where that fails `tries` times."""
+    def save_last(self, state):
+        """Write `state` and wait for it; UserError where that fails three times."""
         self.thread.shutdown()
-        while not self.write(state):
-            tries -= 1
-            if not tries:
-                raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
-                                "disk, then the same command resumes the run")
-            time.sleep(RETRY_SECONDS / 6)
+        for wait in (RETRY_SECONDS / 6, RETRY_SECONDS / 6, 0):
+            if self.write(state):
+                return
+            time.sleep(wait)
+        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
+                        "disk, then the same command resumes the run")
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing ----
 
-OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "unable to find an engine")
+OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "find an engine")
 
 
 def halved(size, error):
@@ -1166,39 +1143,26 @@ def halved(size, error):
 
     UserError where one image is too many already, or where several processes would have to agree.
     """
-    if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error).lower() for text in OUT_OF_MEMORY):
+    if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
         raise error
     if PROCESSES > 1:
-        raise UserError(f"process {RANK} has not enough memory for its share of the images: give a smaller --batch-size")
+        raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller --batch-size")
     if size == 1:
-        raise UserError("the device has not enough memory for one image: give a smaller --image-size or narrower --channels")
+        raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower --channels")
     return math.ceil(size / 2)
-
-
-def draw(model, count, steps, seed, first=0, precision="fp32", at_once=64, on_step=None):
-    """sample(), at most `at_once` images at a time, fewer where memory is too small."""
-    images = torch.empty(0, 3, model.image_size, model.image_size)
-    while len(images) < count:
-        part = min(at_once, count - len(images))
-        try:
-            images = torch.cat((images, sample(model, part, steps, seed=seed, first=first + len(images), precision=precision,
-                                               on_step=on_step)))
-        except RuntimeError as error:
-            at_once = halved(part, error)
-    return images
 
 
 def choose_device(name):
     """The torch.device for --device; UserError where there is none of that name, or fewer cards than processes."""
-    present = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                                        ("cpu", True)) if found]
-    if name and name not in present:
-        raise UserError(f"PyTorch finds no {name} device here: leave out --device to use {present[0]}")
-    if (name or present[0]) != "cuda":
-        return torch.device(name or present[0])
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(kind for kind in present if present[kind])
+    if not present[name]:
+        raise UserError(f"PyTorch finds no {name} device here: leave out --device to use another")
+    if name != "cuda":
+        return torch.device(name)
     local_rank, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= cards:
-        raise UserError(f"there are more processes than CUDA cards here: start torchrun with --nproc_per_node={cards}")
+        raise UserError(f"there are more processes than CUDA cards: start torchrun with --nproc_per_node={cards}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -1208,8 +1172,7 @@ def choose_precision(name, device):
     if name != "auto":
         return name
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if fast else "fp32"
 
@@ -1217,19 +1180,18 @@ def choose_precision(name, device):
 def join_processes():
     """Form one group of the processes that torchrun has started."""
     store, *_ = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else torchrun's restarts find addresses of dead processes
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK, world_size=PROCESSES,
-                            store=dist.PrefixStore(f"attempt {attempt}", store),
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else restarts by torchrun find addresses of dead processes
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK,
+                            world_size=PROCESSES, store=dist.PrefixStore(f"attempt {attempt}", store),
                             timeout=datetime.timedelta(days=1))  # the others wait while rank 0 reads images and draws
 
 
 def broadcast(*numbers):
     """`numbers` as rank 0 has them, so that all processes decide alike."""
+    values = torch.tensor(numbers, dtype=torch.float64)
     if PROCESSES > 1:
-        values = torch.tensor(numbers, dtype=torch.float64)
         dist.broadcast(values, 0)
-        numbers = tuple(values.tolist())
-    return numbers
+    return tuple(values.tolist())
 
 
 @contextlib.contextmanager
@@ -1240,13 +1202,6 @@ def rank_0_first():
     yield
     if RANK == 0:
         broadcast(0)
-
-
-def require_same(*numbers):
-    """UserError in a process that has read another checkpoint or other images than rank 0, which these numbers identify."""
-    if broadcast(*numbers) != numbers:
-        raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: --checkpoint and --dataroot "
-                        "must be on a disk that all machines share")
 
 
 def printable(text):
@@ -1260,67 +1215,8 @@ def say(line):
         tqdm.write(printable(line))
 
 
-def duration(seconds):
-    hours, minutes = divmod(round(seconds) // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
-
-
-class Bar:
-    """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only in the process of rank 0."""
-
-    def __init__(self, title, total, done=0):
-        self.bar = tqdm(total=total, initial=done, unit="img", desc=title, leave=False, disable=None if RANK == 0 else True)
-        self.title, self.total, self.done, self.said, self.close = title, total, done, time.time(), self.bar.close
-
-    def update(self, count, status=""):
-        """`count` more images are done; the text `status` is shown beside them."""
-        self.done += count
-        self.bar.set_postfix_str(status, refresh=False)
-        self.bar.update(count)
-        if self.bar.disable and time.time() - self.said > LOG_SECONDS:
-            self.said = time.time()
-            say(f"{self.title}: {self.done:,} of {self.total:,} images{status and ', '}{status}")
-
-
-class Report:
-    """What a run shows while it trains: a Bar and a line for each epoch, and index.html."""
-
-    def __init__(self, run):
-        self.run, self.looked, self.shown, self.said, self.status = run, 0.0, 0.0, 0.0, ""
-
-    def begin_epoch(self):
-        title = f"epoch {self.run.at.epoch + 1}" + (f" of {self.run.args.epochs}" if self.run.args.epochs else "")
-        self.bar = Bar(title, len(self.run.train_rows), self.run.at.images_in_epoch)
-
-    def step(self, count):
-        """After a step of `count` images. Reads from the device only now and then, since that waits for it."""
-        run, now = self.run, time.time()
-        if now - self.looked > LOOK_SECONDS:
-            self.looked = now
-            self.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {duration(run.seconds_left())} left in all"
-            if run.bad_steps >= BAD_STEPS:
-                raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
-                                "checkpoint with a lower --lr or with --precision fp32")
-        self.bar.update(count, self.status)
-        if now - self.shown > PAGE_SECONDS:
-            self.shown = now
-            warn_if_not_written(write_page, run.args.results, run, "training")
-
-    def end_epoch(self, at_end):
-        """The line of an epoch, at most one in ten seconds, and a warning if the network begins to repeat its images."""
-        row, errors = self.run.at.history[-1], [row[4] for row in self.run.at.history]
-        if at_end or time.time() - self.said > 10:
-            self.said = time.time()
-            say(f"{self.bar.title}: step {row[1]:,}, loss {row[3]:.4f}, held out {row[4]:.4f}, {row[6]:.0f} images/s, "
-                f"{duration(self.run.seconds_left())} left")
-        if is_overfitting(errors) and not is_overfitting(errors[:-1]):
-            say("overfit   the held-out error rises while the training error falls: the network begins to repeat its "
-                "images. More images help, or fewer --epochs or --minutes")
-
-
-def is_overfitting(errors):
-    """Whether the held-out errors of the last three epochs are all 3% above the lowest."""
-    return len(errors) > 3 and min(errors[-3:]) > 1.03 * min(errors)
+# A progress bar where the output is a terminal
+Bar = functools.partial(tqdm, unit="img", leave=False, disable=RANK > 0 or None)
 
 
 def warn_if_not_written(write, *arguments):
@@ -1331,31 +1227,20 @@ def warn_if_not_written(write, *arguments):
         say(f"warning: results could not be written ({error}); training goes on")
 
 
-def check_writable(folder):
-    """Make `folder` if need be; UserError at once, not after hours, where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): name another with --results or --checkpoint") from None
-
-
 def lock(path):
-    """An open file whose lock reserves the checkpoint at `path` for this run, until the process ends, however it ends.
+    """An open file whose lock reserves the checkpoint at `path` for this run until its process ends.
 
     UserError where another run has it.
     """
     file = path.with_name(f".{path.name}.lock").open("a")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
-    except OSError:  # a network drive that has no locks
-        return file
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-        left_over.unlink()
+    except (ImportError, OSError):  # Windows, or a network drive that has no locks
+        pass
     return file
 
 
@@ -1364,9 +1249,9 @@ def replacing(path):
     """Yield a file to write; it appears under `path` whole, or not at all."""
     for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
         with contextlib.suppress(OSError):
-            if time.time() - left_over.stat().st_mtime > 3600:
+            if time.time() - left_over.stat().st_mtime > 600:  # not of one that writes now
                 left_over.unlink()
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # a random name: nobody can plant a link there
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # random: nobody can plant a link there
     try:
         with open(unfinished, "x+b") as file:
             yield file
@@ -1378,39 +1263,31 @@ def replacing(path):
 # ----------------------------------------------------------------------------------------------------------- main ----
 
 
-def describe(run):
-    """The run in (label, text) pairs."""
-    args, heldout = run.args, len(run.faces.pixels) - len(run.train_rows)
-    limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
-    about = [("images", f"{len(run.faces.pixels):,} below {args.dataroot}, {heldout:,} of them held out"),
-             ("network", f"channels {shown(args.channels)}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters"),
-             ("device", f"{run.device.type}, {run.precision}" + (f", {PROCESSES} processes" if PROCESSES > 1 else "")),
-             ("training", f"until {' or '.join(f'{limit:g} {what}' for what, limit in limits.items() if limit)}, "
-                          f"{args.batch_size} images a step, learning rate {args.lr:g}, {args.timesteps} timesteps"),
-             ("checkpoint", f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end"),
-             ("pictures", f"{args.results / 'index.html'}")]
-    if run.skipped:
-        name, reason = min(run.skipped.items())
-        about.insert(1, ("skipped", f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are listed in "
-                                    f"{args.results / 'skipped_images.txt'}"))
-    if len(run.train_rows) < args.batch_size:
-        about.append(("few images", f"fewer than the {args.batch_size} of a batch: the network will repeat them, get more"))
-    return about
-
-
 def begin(run):
     """Say what is about to happen; write the list of skipped images, the metrics so far and the page."""
-    for label, text in describe(run):
+    args, count, listing = run.args, len(run.faces.pixels), run.args.results / "skipped_images.txt"
+    limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
+    ends = " or ".join(f"{limit:g} {what}" for what, limit in limits.items() if limit)
+    about = {"images": f"{count:,} below {args.dataroot}, {count - len(run.train_rows):,} of them held out"}
+    if run.skipped:
+        name, reason = min(run.skipped.items())
+        about["skipped"] = f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are in {listing}"
+    about |= {"network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters",
+              "device": f"{run.device.type}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}",
+              "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}, "
+                          f"{args.timesteps} timesteps",
+              "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
+              "pictures": f"{args.results / 'index.html'}"}
+    if len(run.train_rows) < args.batch_size:
+        about["few images"] = f"fewer than the {args.batch_size} of a batch: the network will repeat them, get more"
+    for label, text in about.items():
         say(f"{label:12}{text}")
+    run.about = list(about.items())
     if RANK == 0:
-        results, listing = run.args.results, run.args.results / "skipped_images.txt"
-        listing.unlink(missing_ok=True)
-        if run.skipped:
-            with replacing(listing) as file:
-                file.write("".join(f"{printable(name)}: {run.skipped[name]}\n" for name in sorted(run.skipped)).encode())
-        write_metrics(run.at.history, results)
+        lines = (f"{printable(name)}: {reason}\n" for name, reason in sorted(run.skipped.items()))
+        listing.write_text("".join(lines), encoding="utf-8")
         with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
-            shutil.copy(HERE / "results" / "index.html", results)
+            shutil.copy(HERE / "results" / "index.html", args.results)
 
 
 def draw_samples(args, device):
@@ -1420,13 +1297,14 @@ def draw_samples(args, device):
     """
     model, folder, pictures = load_model(args.checkpoint, device), args.results / "samples", []
     with rank_0_first():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         for old in folder.glob("sample_*.png") if RANK == 0 else ():
             old.unlink()
-    bar = Bar("drawing", math.ceil(args.sample / PROCESSES))
+    precision = choose_precision(args.precision, device)
+    bar = Bar(desc="drawing", total=math.ceil(args.sample / PROCESSES))
     for first in range(64 * RANK, args.sample, 64 * PROCESSES):
-        images = draw(model, min(64, args.sample - first), args.sample_steps, args.seed, first,
-                      choose_precision(args.precision, device))
+        images = draw(model, min(64, args.sample - first), first=first, steps=args.sample_steps, seed=args.seed,
+                      precision=precision)
         for number, image in enumerate(images, first + 1):
             to_image(image).save(folder / f"sample_{number:05d}.png")
         bar.update(len(images))
@@ -1439,22 +1317,23 @@ def draw_samples(args, device):
         try:
             pixels = load_images(args.dataroot, args.image_size, args.results)[1]
             ratio = save_nearest(pictures, pixels, args.results / "nearest.png").median()
-            say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one between a "
-                "training image and its closest other one" + "; below 1, the network repeats its images" * bool(ratio < 1))
+            say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
+                "between a training image and its closest other one; below 1, the network repeats its images")
         except UserError as error:
             say(f"no nearest.png: {error}")
         write_page(args.results)
-    with rank_0_first():  # none ends before all have drawn
-        return 0
+    broadcast(0)  # none ends before all have drawn
+    return 0
 
 
 def run_command(argv):
     """Read settings and checkpoint, then train or draw. Returns the exit status."""
     args = read_settings(argv)
     with rank_0_first():
-        check_writable(args.results)
+        args.results.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.results).close()  # OSError now, not after hours
         if not args.sample:
-            check_writable(args.checkpoint.parent)
+            args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             locked = lock(args.checkpoint) if RANK == 0 else None  # noqa: F841 (held while this function runs)
         saved = read_checkpoint(args.checkpoint)
     args = read_settings(argv, saved and saved["config"])
@@ -1462,18 +1341,17 @@ def run_command(argv):
     args.channels = args.channels or default_channels(device, args.image_size)
     if args.sample:
         return draw_samples(args, device)
+    if saved and saved["finished"] and all(vars(args)[name] == saved["config"][name] for name in LIMITS):
+        say(f"This run is finished: {saved['epoch']} epochs, {saved['step']} steps. A "
+            "larger --epochs, --minutes or --max-steps resumes it, --sample 64 draws faces, "
+            f"{args.begin_anew} begins a new run.")
+        return 0
     if args.demo:
         from fake_face.draw_faces import fill_folder
 
         with rank_0_first():
             fill_folder(args.dataroot, DEMO_IMAGES, args.image_size)
     run = Run(args, device, saved)
-    at, same_limits = run.at, saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
-    past_end = at.epoch + bool(at.images_in_epoch) > (args.epochs or math.inf) or at.step > (args.max_steps or math.inf)
-    if past_end or at.finished and (run.part_done() >= 1 or same_limits):
-        say(f"This run is finished: {at.epoch} epochs, {at.step} steps, {duration(at.seconds)}. A larger --epochs, --minutes "
-            f"or --max-steps resumes it, --sample 64 draws faces, {args.begin_anew} begins a new run.")
-        return 0
     begin(run)
     return train(run)
 
@@ -1494,12 +1372,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, message = 130, "stopped"
     except OSError as error:
-        message = f"{error}: see whether the disk is full or disconnected, then the same command resumes the run"
+        message = (f"{error}: see whether the disk is full or disconnected, or name folders that can be written with "
+                   "--results and --checkpoint, then the same command resumes the run")
     except RuntimeError as error:
         if PROCESSES == 1:
             raise
-        message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the checkpoint is good, the "
-                   "same command resumes it, automatically with torchrun --max-restarts=3")
+        message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the same command "
+                   "resumes the checkpoint, automatically with torchrun --max-restarts=3")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
