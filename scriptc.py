@@ -25,7 +25,6 @@ import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import pathlib
 import secrets
@@ -115,9 +114,7 @@ def build_parser():
 
 def read_settings(argv, config=None):
     """The settings of the command line `argv`, completed by `config`, a checkpoint's settings, then by the defaults.
-
-    Touches no disk and no device. UserError where the command line contradicts the network of the checkpoint.
-    """
+    Touches no disk and no device. UserError where the command line contradicts the network of the checkpoint."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.demo and (args.dataroot or args.checkpoint):
@@ -483,7 +480,6 @@ class Run:
         self.lr = self.drawing = self.evaluation = 0.0  # seconds spent on pictures; seconds to evaluate one image
         self.begun, self.begun_seen = time.time(), at.images_seen  # of this start
         self.looked, self.said = 0.0, self.begun  # times of the last look at the loss and line of a log file
-        self.begun_part = self.part_done()
 
     def seconds(self):
         """Seconds of all starts of this run together."""
@@ -505,8 +501,7 @@ class Run:
         return min(part, 1.0)
 
     def seconds_left(self):
-        part = self.part_done()
-        return (time.time() - self.begun) * (1 - part) / max(part - self.begun_part, 1e-9)
+        return (self.seconds() - self.at.first_step) * (1 / max(self.part_done(), 1e-6) - 1)
 
     def pictures_seconds(self, steps):
         """An estimate of the time for held-out error and pictures with `steps` evaluations for each image."""
@@ -525,10 +520,8 @@ class Run:
 
 
 def build_optimizers(model, lr, device):
-    """Muon for convolution kernels, Adam for all other weights and for the first and last layer, which meet pixels.
-
-    The learning rate is a tensor on the device, so that a step can change it without waiting for the device.
-    """
+    """Muon for convolution kernels, Adam for all other weights and for the first and last layer, which meet pixels. The
+    learning rate is a tensor on the device, so that a step can change it without waiting for the device."""
     plain = {*model.first.parameters(), *model.last.parameters()}
     kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
     others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
@@ -552,11 +545,9 @@ def random_draws(run, count):
 
 
 def backward(run, batch, rows, flip, t, noise, is_last):
-    """Noise a micro-batch `rows` (b,), predict the noise, L1 loss, backward. Returns (loss, gradients), of which those
-    of all micro-batches add up to the mean error of the `batch` images of the step and its gradient.
-
-    With several processes DistributedDataParallel itself adds up the gradients, after the last micro-batch, and none
-    are returned.
+    """Noise a micro-batch `rows` (b,), predict the noise, L1 loss, backward. Returns (loss, gradients), which add up
+    over the micro-batches to the mean error of the `batch` images of the step and its gradient. With several processes
+    none are returned: DistributedDataParallel adds up the gradients itself, after the last micro-batch.
     """
     x_t, _ = forward_diffusion(run.faces.batch(rows, flip), t, run.model.alphas_cumprod, noise)
     with contextlib.nullcontext() if is_last or PROCESSES == 1 else run.network.no_sync():
@@ -570,10 +561,9 @@ def backward(run, batch, rows, flip, t, noise, is_last):
 
 
 def accumulate_gradients(run, rows):
-    """The gradient of the batch of images `rows` (B,) into the weights. Returns the batch's mean error, ().
-
-    On a CPU each core computes its own micro-batches, so that no core waits for another after each operation. Where
-    memory is too small for a micro-batch, its size is halved and the same step repeated.
+    """The gradient of the batch of images `rows` (B,) into the weights. Returns the batch's mean error, (). On a CPU
+    each core computes its own micro-batches, so that none waits for another after each operation. Where memory is too
+    small for a micro-batch, its size is halved and the same step repeated.
     """
     begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
     share = [values[begin:end] for values in (rows, *random_draws(run, len(rows)))]
@@ -598,10 +588,8 @@ def accumulate_gradients(run, rows):
 
 
 def training_step(run, rows, part):
-    """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done.
-
-    A gradient that is not finite counts as zero, and so does the learning rate then: nothing waits for the device.
-    """
+    """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done. A
+    gradient that is not finite counts as zero, and so does the learning rate then: nothing waits for the device."""
     error = accumulate_gradients(run, rows)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
@@ -687,7 +675,8 @@ def end_epoch(run, at_end, stop):
         with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
             file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
         steps = args.sample_steps if at_end else max(1, args.sample_steps // 2)
-        if at_end or run.drawing + run.pictures_seconds(steps) < DRAWING_SHARE * (time.time() - run.begun):
+        allowed = DRAWING_SHARE * (time.time() - run.begun) - run.drawing
+        if at.history and (at_end or run.pictures_seconds(steps) < allowed):
             draw_pictures(run, steps, stop)
             run.drawing += time.time() - begun
             run.evaluation = (time.time() - begun) / (len(run.heldout_rows) + 64 * steps)
@@ -823,11 +812,9 @@ def write_cache(path, size, root, files, index, pixels):
 
 
 def load_images(root, size, results):
-    """Every good image below `root`, decoded once and then kept in a cache that follows the folder.
-
-    The cache is in `root`, or in `results` where `root` cannot be written. Returns (names, memory-mapped pixels in that
-    order, {name: reason} of skipped images). UserError where there are fewer than two images.
-    """
+    """(names, their memory-mapped pixels, {name: reason} of skipped images) of all images below `root`, decoded once
+    and then kept in a cache that follows the folder. It is in `root`, or in `results` where `root` cannot be written.
+    UserError where there are fewer than two images."""
     files = list_files(root)
     path = pathlib.Path(root if os.access(root, os.W_OK) else results, f".faces_{size}px.cache")
     index, pixels = open_cache(path, size, files)
@@ -843,11 +830,9 @@ def load_images(root, size, results):
 
 
 def split(names, compared=()):
-    """(training rows, held-out rows, hashes of the held-out rows, a number that identifies the training images).
-
-    The hash of an image's path below the data root decides, so an image stays on its side as the folder grows. The
-    held-out rows are those of the hashes `compared` while there are any, else the first HELDOUT_MOST.
-    """
+    """(training rows, held-out rows, hashes of the held-out rows, a number that identifies the training images). The
+    hash of an image's path below the data root decides, so an image stays on its side as the folder grows. The held-out
+    rows are those of the hashes `compared` while there are any, else the first HELDOUT_MOST."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little") for name in names])
     known, order = np.isin(hashes, compared), hashes.argsort()
     heldout = (hashes % HELDOUT_ONE_IN == 0) | known
@@ -862,15 +847,13 @@ class Faces:
     """The cached pixels as batches on a device. They stay on a card if they take less than a quarter of its memory."""
 
     def __init__(self, pixels, device):
-        self.device, self.mapped, self.pixels = device, pixels, torch.from_numpy(pixels)
+        self.device, self.pixels = device, torch.from_numpy(pixels)
         if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels = self.pixels.to(device)
 
     def batch(self, rows, flip=None):
         """Images x_0 (B, 3, S, S) in [-1, 1] of `rows` (B,), mirrored where `flip` (B,) is True."""
         images = self.pixels[rows.to(self.pixels.device)].to(self.device)
-        if hasattr(self.mapped._mmap, "madvise"):  # what was read stays in the system's page cache, not in our memory
-            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
         return to_x_0(images).contiguous(memory_format=memory_format(self.device))
@@ -927,11 +910,9 @@ def draw_pictures(run, steps, stop):
 
 
 def save_denoising(stages, path, columns=10):
-    """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same moments.
-
-    `stages` are pairs (x_t, x_0), each (N, 3, S, S), noisiest first. The moments are chosen such that the pictures
-    change equally from column to column.
-    """
+    """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same moments,
+    chosen such that the pictures change equally from column to column. `stages` are pairs (x_t, x_0), each (N, 3, S,
+    S), noisiest first."""
     pictures = torch.stack([torch.stack(pair, dim=1) for pair in stages])  # (moments, N, 2, 3, S, S)
     change = F.pad(pictures.diff(dim=0).abs().flatten(1).mean(dim=1).cumsum(0), (1, 0))
     chosen = torch.searchsorted(change, torch.linspace(0, 1, columns) * change[-1]).clamp(max=len(stages) - 1)
@@ -973,8 +954,7 @@ def save_nearest(images, pixels, path):
     between[np.arange(len(rows)), rows] = math.inf
     least, closest = distances(images, pixels).min(dim=1)
     ratios = least / between.amin(1).median()
-    pairs = torch.stack((images, to_x_0(torch.from_numpy(pixels[closest]))), dim=1)
-    lines = math.ceil(len(images) / 4)
+    pairs, lines = torch.stack((images, to_x_0(torch.from_numpy(pixels[closest]))), dim=1), math.ceil(len(images) / 4)
     figure = Figure(figsize=(8, 1.2 * lines), layout="constrained")
     for number, pair in enumerate(pairs):
         axes = figure.add_subplot(lines, 4, number + 1)
@@ -1005,9 +985,7 @@ def save_curve(history, path):
 
 def write_page(folder, run=None, status=None):
     """run.js, the data of index.html: a function call, since a page that is opened from disk can load scripts only.
-
-    Without `run` only the list of pictures is renewed.
-    """
+    Without `run` only the list of pictures is renewed."""
     data, path = {}, folder / "run.js"
     if run:
         rows = run.at.history
@@ -1035,10 +1013,8 @@ def previous_path(path):
 
 
 def save_checkpoint(path, state):
-    """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before.
-
-    OSError or RuntimeError where that fails, UserError where a weight is not finite: the file at `path` then stays.
-    """
+    """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before. OSError or
+    RuntimeError where that fails, UserError where a weight is not finite: the file at `path` then stays."""
     if not all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values()):
         raise UserError(f"the weights are not finite any more: resume {path}, which is good, with a lower --lr")
     with replacing(path) as file:
@@ -1050,11 +1026,9 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet.
-
-    A damaged one is renamed, never overwritten. UserError where there are files, but none that can be used. Only
-    tensors and plain values are loaded, so nothing in a file is executed.
-    """
+    """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet. A damaged
+    one is renamed, never overwritten. UserError where there are files, but none that can be used. Only tensors and
+    plain values are loaded, so nothing in a file is executed."""
     problem = ""
     for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
@@ -1070,9 +1044,9 @@ def read_checkpoint(path):
             continue
         if problem:
             broken = path.with_name(f"{path.name}.broken-{time.time():.0f}")
+            say(f"{problem}: it is renamed to {broken.name}, and {candidate.name} is used")
             with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
                 os.replace(path, broken)
-            say(f"{problem}: it is renamed to {broken.name}, and {candidate.name} is used")
         return saved
     if problem:
         raise UserError(f"{problem}: move it away to begin anew")
@@ -1125,10 +1099,10 @@ class Saver:
     def save_last(self, state):
         """Write `state` and wait for it; UserError where that fails three times."""
         self.thread.shutdown()
-        for wait in (RETRY_SECONDS / 6, RETRY_SECONDS / 6, 0):
+        for _ in range(3):
             if self.write(state):
                 return
-            time.sleep(wait)
+            time.sleep(RETRY_SECONDS / 6)
         raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
                         "disk, then the same command resumes the run")
 
@@ -1139,10 +1113,8 @@ OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't al
 
 
 def halved(size, error):
-    """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of memory.
-
-    UserError where one image is too many already, or where several processes would have to agree.
-    """
+    """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of memory, and
+    UserError where one image is too many already, or where several processes would have to agree."""
     if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
         raise error
     if PROCESSES > 1:
@@ -1228,10 +1200,7 @@ def warn_if_not_written(write, *arguments):
 
 
 def lock(path):
-    """An open file whose lock reserves the checkpoint at `path` for this run until its process ends.
-
-    UserError where another run has it.
-    """
+    """An open file whose lock reserves the checkpoint at `path` until this process ends. UserError if it is taken."""
     file = path.with_name(f".{path.name}.lock").open("a")
     try:
         import fcntl
@@ -1264,22 +1233,18 @@ def replacing(path):
 
 
 def begin(run):
-    """Say what is about to happen; write the list of skipped images, the metrics so far and the page."""
+    """Say what is about to happen; write the list of skipped images and the page."""
     args, count, listing = run.args, len(run.faces.pixels), run.args.results / "skipped_images.txt"
-    limits = {"epochs": args.epochs, "steps": args.max_steps, "minutes": args.minutes}
-    ends = " or ".join(f"{limit:g} {what}" for what, limit in limits.items() if limit)
+    ends = " or ".join(f"{vars(args)[name]:g} {name.removeprefix('max_')}" for name in LIMITS if vars(args)[name])
     about = {"images": f"{count:,} below {args.dataroot}, {count - len(run.train_rows):,} of them held out"}
     if run.skipped:
         name, reason = min(run.skipped.items())
         about["skipped"] = f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are in {listing}"
     about |= {"network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters",
               "device": f"{run.device.type}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}",
-              "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}, "
-                          f"{args.timesteps} timesteps",
+              "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
               "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
-              "pictures": f"{args.results / 'index.html'}"}
-    if len(run.train_rows) < args.batch_size:
-        about["few images"] = f"fewer than the {args.batch_size} of a batch: the network will repeat them, get more"
+              "pictures": str(args.results / "index.html")}
     for label, text in about.items():
         say(f"{label:12}{text}")
     run.about = list(about.items())
@@ -1292,9 +1257,7 @@ def begin(run):
 
 def draw_samples(args, device):
     """--sample: images into results/samples, the first 64 as a grid, the first 16 beside their closest training images.
-
-    Several processes share the images.
-    """
+    Several processes share the images."""
     model, folder, pictures = load_model(args.checkpoint, device), args.results / "samples", []
     with rank_0_first():
         folder.mkdir(exist_ok=True)
