@@ -427,6 +427,7 @@ class Progress:
     images_seen: int = 0
     images_in_epoch: int = 0  # those of images_seen that belong to the current epoch
     losses: list = dataclasses.field(default_factory=lambda: [0.0, 0.0])  # sum and number of this epoch's batch errors
+    lr: float = 0.0  # of the last step
     seconds: float = 0.0  # of all starts together, start-up included
     first_step: float = 0.0  # `seconds` at the first step
     history: list = dataclasses.field(default_factory=list)  # rows of metrics.csv
@@ -477,7 +478,7 @@ class Run:
         if device.type == "cpu":
             self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
-        self.lr = self.drawing = self.evaluation = 0.0  # seconds spent on pictures; seconds to evaluate one image
+        self.drawing = self.evaluation = 0.0  # seconds spent on pictures; seconds to evaluate one image
         self.begun, self.begun_seen = time.time(), at.images_seen  # of this start
         self.looked, self.said = 0.0, self.begun  # times of the last look at the loss and line of a log file
 
@@ -596,9 +597,9 @@ def training_step(run, rows, part):
     finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
     for weight in run.weights:
         weight.grad = torch.where(finite, weight.grad, 0)
-    run.lr = run.args.lr * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
+    run.at.lr = run.args.lr * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
     for optimizer in run.optimizers.values():
-        optimizer.param_groups[0]["lr"].copy_(run.lr * finite)
+        optimizer.param_groups[0]["lr"].copy_(run.at.lr * finite)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -661,7 +662,7 @@ def end_epoch(run, at_end, stop):
     at, args, begun = run.at, run.args, time.time()
     if RANK == 0 and at.images_in_epoch:
         loss, heldout, speed = (run.losses[0] / run.losses[1]).item(), heldout_loss(run), run.images_per_second()
-        at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, run.lr, speed, run.seconds()])
+        at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, at.lr, speed, run.seconds()])
         say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f}, {speed:.0f} images/s, "
             f"{run.seconds_left() / 60:.1f} minutes left")
         errors = [row[4] for row in at.history]
