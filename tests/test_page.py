@@ -1,4 +1,4 @@
-"""results/index.html as a user opens it, from disk, in a real browser: every test is one promise about what it shows."""
+"""results/index.html as a user opens it: from disk, in a browser. Each test is one promise about the page."""
 
 import json
 import os
@@ -14,22 +14,30 @@ from fake_face.draw_faces import fill_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which steers the browser, is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which controls the browser, is not installed")
 pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
 
 SIDE, PADDING = 16, 2
 
 
-def told(folder):
-    """What the folder's run.js tells the page."""
+def read_run(folder):
+    """The data that the folder's run.js gives to the page."""
     return json.loads(re.fullmatch(r"show\((.*)\);?\s*", (folder / "run.js").read_text(encoding="utf-8"), re.DOTALL)[1])
 
 
-def tell(folder, **changes):
-    """Write run.js as a training does that goes on: whole at once, with a new time."""
-    run = (told(folder) if (folder / "run.js").exists() else {}) | {"updated": time.time()} | changes
+def write_run(folder, **changes):
+    """Update run.js as a running training does: replace the whole file, with a new time."""
+    run = read_run(folder) | {"updated": time.time()} | changes
     (folder / "run.js.new").write_text(f"show({json.dumps(run)})\n", encoding="utf-8")
     os.replace(folder / "run.js.new", folder / "run.js")
+
+
+def list_pictures(folder):
+    """Replace the keys of an older run.js by `pictures`; to be removed when scriptc.py writes that list."""
+    if "pictures" not in read_run(folder):
+        names = "denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "metrics.csv"
+        write_run(folder, pictures=[name for name in names if (folder / name).exists()],
+                  denoising=None, nearest=None, samples=None)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,7 @@ def results(tmp_path_factory):
              "--dataroot", folder / "faces", "--results", folder / "results", "--checkpoint", folder / "checkpoint.pth"]
     for epochs in range(1, 5):  # a run always ends with a grid
         assert scriptc.main([str(flag) for flag in [*flags, "--epochs", epochs]]) == 0
+    list_pictures(folder / "results")
     return folder / "results"
 
 
@@ -63,9 +72,9 @@ def look(browser):
 
     def open_page(folder, width=1280, waiting_for="#frame img", **options):
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
-        page.complaints, page.requests = [], []
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.errors, page.requests = [], []
+        page.on("console", lambda message: page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("request", lambda request: page.requests.append(request.url))
         pages.append(page)
         page.goto((folder / "index.html").as_uri())
@@ -88,16 +97,16 @@ def figures(row):
 
 
 def history(folder):
-    run = told(folder)
+    run = read_run(folder)
     return [dict(zip(run["columns"], row)) for row in run["history"]]
 
 
-# What it shows
+# Content
 
 
 def test_the_newest_grid_is_shown_large_and_sharp(results, look):
     page = look(results)
-    wait_for_grid(page, told(results)["grids"][-1])
+    wait_for_grid(page, read_run(results)["grids"][-1])
     shown = page.evaluate("(({naturalWidth, width}) => [naturalWidth, width])(document.querySelector('#frame img'))")
     assert shown[0] == 8 * (SIDE + PADDING) + PADDING and shown[1] >= 400 and shown[1] % shown[0] == 0
     assert page.eval_on_selector("#frame img", "image => getComputedStyle(image).imageRendering") == "pixelated"
@@ -113,55 +122,62 @@ def test_the_curve_has_a_point_for_every_epoch_on_both_lines(results, look):
     assert page.locator("#curve text").count() > 4
 
 
-def test_the_denoising_strip_is_shown_and_what_is_not_there_is_not(results, look):
+def test_only_pictures_that_exist_are_shown(results, look):
     page = look(results)
-    run = told(results)
     for name in ("denoising", "nearest", "samples"):
-        assert page.is_visible(f"#{name}") == (run[name] is not None)
+        assert page.is_visible(f"#{name}") == (f"{name}.png" in read_run(results)["pictures"])
     page.wait_for_function("document.getElementById('denoising').naturalWidth > 0")
 
 
-def test_settings_state_and_progress_are_told_in_words(copied, look):
-    tell(copied, state="training", progress=0.256, seconds_left=4000.0, images_per_second=1234.5)
+def test_captions_say_what_the_rows_of_the_strip_and_the_numbers_under_the_pairs_are(copied, look):
+    write_run(copied, pictures=["denoising.png", "nearest.png"])
+    page = look(copied)
+    caption = page.inner_text("figure:has(#denoising)")
+    assert all(words in caption for words in ("Each pair of rows is one sample", "noisy image xt", "clean image x0"))
+    assert "Below 1: closer" in page.inner_text("figure:has(#nearest)")
+
+
+def test_settings_state_and_progress_are_shown_as_text(copied, look):
+    write_run(copied, state="training", progress=0.256, seconds_left=4000.0, images_per_second=1234.5)
     page = look(copied)
     assert page.inner_text("#state") == "Training: 25 %, 1 h 6 min left"
-    for label, text in told(copied)["settings"]:
+    for label, text in read_run(copied)["settings"]:
         assert label in page.inner_text("#settings") and text in page.inner_text("#settings")
     assert "1,235 images a second" in page.inner_text("#settings")
 
 
-def test_a_training_that_fell_silent_is_said_to_have_stopped(copied, look):
-    tell(copied, state="training", progress=0.5, updated=time.time() - 1000)
+def test_a_training_without_updates_is_reported_as_stopped(copied, look):
+    write_run(copied, state="training", progress=0.5, updated=time.time() - 1000)
     assert "seems to have stopped" in look(copied).inner_text("#state")
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 1000])
-def test_a_short_and_a_long_run_are_shown_as_well(copied, look, epochs):
-    row = told(copied)["history"][0]
-    tell(copied, history=[[epoch, *row[1:3], 0.3 / epoch, 0.3 / epoch, *row[5:]] for epoch in range(1, epochs + 1)],
-         grids=told(copied)["grids"][:epochs])
+def test_runs_of_no_one_and_a_thousand_epochs_are_shown_without_errors(copied, look, epochs):
+    row = read_run(copied)["history"][0]
+    write_run(copied, history=[[epoch, *row[1:3], 0.3 / epoch, 0.3 / epoch, *row[5:]] for epoch in range(1, epochs + 1)],
+         grids=read_run(copied)["grids"][:epochs])
     page = look(copied, waiting_for="#seen")
     page.wait_for_timeout(200)
-    assert page.locator("#curve polyline").count() == (2 if epochs else 0) and page.complaints == []
+    assert page.locator("#curve polyline").count() == (2 if epochs else 0) and page.errors == []
     assert page.is_visible("#controls") == (epochs > 1)
 
 
 def test_text_in_the_data_stays_text(copied, look):
-    tell(copied, settings=[["device", "<img src=x onerror=alert(1)>"]])
+    write_run(copied, settings=[["device", "<img src=x onerror=alert(1)>"]])
     assert "<img src=x" in look(copied).inner_text("#settings")
 
 
-def test_without_a_run_it_says_which_command_to_start(copied, look):
+def test_without_a_run_the_page_shows_the_command_to_start_one(copied, look):
     (copied / "run.js").unlink()
     page = look(copied, waiting_for="#hint")
     assert "python scriptc.py" in page.inner_text("#hint") and not page.is_visible("#seen")
 
 
-# Looking around
+# Controls
 
 
 def test_slider_arrow_keys_and_button_change_the_picture(results, look):
-    page, grids = look(results), told(results)["grids"]
+    page, grids = look(results), read_run(results)["grids"]
     page.keyboard.press("ArrowLeft")
     wait_for_grid(page, grids[-2])
     page.fill("#slider", "0")
@@ -174,7 +190,7 @@ def test_slider_arrow_keys_and_button_change_the_picture(results, look):
 
 
 def test_the_space_bar_plays_all_grids_from_the_first(results, look):
-    page, grids = look(results), told(results)["grids"]
+    page, grids = look(results), read_run(results)["grids"]
     page.evaluate("""window.shown = []; new MutationObserver(() => shown.push(document.querySelector("#frame img").src))
                      .observe(document.getElementById("frame"), {childList: true})""")
     page.keyboard.press("Space")
@@ -203,11 +219,11 @@ def test_values_of_an_epoch_are_shown_to_the_keyboard(results, look):
     assert figures(rows[-2])[0] in page.get_attribute("#curve", "aria-valuetext")
     page.keyboard.press("Home")
     page.keyboard.press("Enter")
-    wait_for_grid(page, told(results)["grids"][0])
+    wait_for_grid(page, read_run(results)["grids"][0])
 
 
-def test_one_face_can_be_enlarged_and_followed(results, look):
-    page, grids = look(results), told(results)["grids"]
+def test_an_enlarged_face_stays_enlarged_in_other_epochs(results, look):
+    page, grids = look(results), read_run(results)["grids"]
     page.get_by_label("Face 10", exact=True).click()
     scale = "image => image.width / image.naturalWidth"
     assert page.eval_on_selector("#frame img", scale) > 20 and "face 10" in page.inner_text("#note")
@@ -218,34 +234,34 @@ def test_one_face_can_be_enlarged_and_followed(results, look):
     assert page.eval_on_selector("#frame img", scale) < 10
 
 
-# While it trains
+# During a training
 
 
-def land(folder):
-    """One more epoch with its grid, as a training adds it; returns the grid's entry."""
-    run = told(folder)
+def add_epoch(folder):
+    """Add one epoch with its grid, as a training does; returns the grid's entry."""
+    run = read_run(folder)
     epoch, step, name = run["grids"][-1]
     grid = [epoch + 1, step + 5, f"epoch_{epoch + 1}_step_{step + 5}.png"]
     shutil.copy(folder / name, folder / grid[2])
-    tell(folder, state="training", grids=[*run["grids"], grid],
+    write_run(folder, state="training", grids=[*run["grids"], grid],
          history=[*run["history"], [grid[0], grid[1], *run["history"][-1][2:]]])
     return grid
 
 
-def test_a_new_epoch_appears_by_itself_but_not_to_one_who_looks_at_an_older(copied, look):
+def test_a_new_grid_appears_by_itself_unless_an_older_one_is_being_viewed(copied, look):
     at_newest, at_older = look(copied), look(copied)
-    older = told(copied)["grids"][-2]
+    older = read_run(copied)["grids"][-2]
     at_older.keyboard.press("ArrowLeft")
     wait_for_grid(at_older, older)
     epochs = len(history(copied))
-    newer = land(copied)
+    newer = add_epoch(copied)
     for page in (at_newest, at_older):
         page.wait_for_function("n => document.querySelector('#curve polyline').points.length === n", arg=epochs + 1)
     wait_for_grid(at_newest, newer)
     wait_for_grid(at_older, older)
 
 
-def test_the_page_fills_when_the_first_run_begins(copied, look):
+def test_an_open_page_shows_the_first_run_when_it_starts(copied, look):
     os.rename(copied / "run.js", copied / "later.js")
     page = look(copied, waiting_for="#hint")
     os.rename(copied / "later.js", copied / "run.js")
@@ -253,15 +269,15 @@ def test_the_page_fills_when_the_first_run_begins(copied, look):
     assert not page.is_visible("#hint")
 
 
-# Everywhere
+# Network and layout
 
 
-def test_nothing_is_asked_of_the_network_and_nothing_goes_wrong(results, look):
+def test_the_page_loads_nothing_from_the_network_and_logs_no_errors(results, look):
     page = look(results)
     page.keyboard.press("Space")
     page.wait_for_timeout(500)
     here = results.as_uri() + "/"
-    assert [url for url in page.requests if not url.startswith((here, "data:"))] == [] and page.complaints == []
+    assert [url for url in page.requests if not url.startswith((here, "data:"))] == [] and page.errors == []
     assert any(url.startswith(here + "run.js") for url in page.requests)
 
 
