@@ -281,6 +281,18 @@ def test_the_page_loads_nothing_from_the_network_and_logs_no_errors(results, loo
     assert any(url.startswith(here + "run.js") for url in page.requests)
 
 
+@pytest.mark.parametrize("density", [1, 3])
+@pytest.mark.parametrize("side", [SIDE, 64])
+def test_on_a_phone_the_grid_takes_the_whole_width_of_the_screen(copied, look, side, density):
+    write_run(copied, grid=read_run(copied)["grid"] | {"side": side})
+    page = look(copied, width=390, device_scale_factor=density, is_mobile=True)
+    for part in ("#frame", "#frame img"):
+        box = page.locator(part).first.bounding_box()
+        assert (box["x"], box["width"]) == (0, pytest.approx(390, abs=0.1))
+    assert page.locator("#controls").bounding_box()["x"] >= 16
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_narrow_phone_and_its_colours(results, look, scheme):
     page = look(results, width=360, color_scheme=scheme, device_scale_factor=3)
