@@ -142,8 +142,23 @@ def test_settings_state_and_progress_are_shown_as_text(copied, look):
     page = look(copied)
     assert page.inner_text("#state") == "Training: 25 %, 1 h 6 min left"
     for label, text in read_run(copied)["settings"]:
-        assert label in page.inner_text("#settings") and text in page.inner_text("#settings")
+        assert label in page.inner_text("#settings") and text in page.text_content("#settings")
     assert "1,235 images a second" in page.inner_text("#settings")
+
+
+@pytest.mark.parametrize("path", ["/home/me/" + "long name/" * 12 + "faces", "C:\\Users\\" + "name\\" * 20 + "faces"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_long_path_is_cut_at_the_left_to_fit_in_one_line_and_is_whole_in_a_tooltip(copied, look, path, width):
+    write_run(copied, settings=[["images", f"50 below {path}, 12 of them held out"], ["cache", "/a/b.bin, 614.4 MB"]])
+    page = look(copied, width=width)
+    assert page.locator("#settings dd").first.text_content() == f"50 below {path}, 12 of them held out"
+    shown = page.get_by_title(path, exact=True)
+    assert shown.bounding_box()["height"] < 30
+    box, text = shown.evaluate("""shown => [shown, shown.firstChild].map(element => {
+        const {left, right} = element.getBoundingClientRect(); return [left, right]})""")
+    assert text[0] < box[0] and text[1] == pytest.approx(box[1], abs=1) and box[1] <= width
+    box, text = page.get_by_title("/a/b.bin", exact=True).evaluate("shown => [shown.offsetWidth, shown.scrollWidth]")
+    assert box == text
 
 
 def test_a_training_without_updates_is_reported_as_stopped(copied, look):
@@ -173,6 +188,24 @@ def test_without_a_run_the_page_shows_the_command_to_start_one(copied, look):
     assert "python scriptc.py" in page.inner_text("#hint") and not page.is_visible("#seen")
 
 
+def test_each_picture_file_and_the_metrics_have_a_link_if_they_exist(copied, look):
+    grids, names = read_run(copied)["grids"], ["nearest.png", "loss.png", "progress.webp", "metrics.csv"]
+    write_run(copied, pictures=names)
+    page = look(copied)
+    links = "links => links.map(link => [link.getAttribute('href'), link.textContent])"
+    assert page.eval_on_selector_all("a", links) == [[name, name] for name in [grids[-1][2], *names]]
+    page.keyboard.press("ArrowLeft")
+    assert page.eval_on_selector_all("a", links)[0] == [grids[-2][2]] * 2
+
+
+def test_a_link_keeps_the_keyboard_focus_when_the_page_updates_itself(copied, look):
+    page = look(copied)
+    page.focus("a[href='loss.png']")
+    write_run(copied, state="training", progress=0.5, seconds_left=60)
+    page.wait_for_function("document.getElementById('state').textContent.startsWith('Training')")
+    assert page.evaluate("document.activeElement.textContent") == "loss.png"
+
+
 # Controls
 
 
@@ -191,8 +224,8 @@ def test_slider_arrow_keys_and_button_change_the_picture(results, look):
 
 def test_the_space_bar_plays_all_grids_from_the_first(results, look):
     page, grids = look(results), read_run(results)["grids"]
-    page.evaluate("""window.shown = []; new MutationObserver(() => shown.push(document.querySelector("#frame img").src))
-                     .observe(document.getElementById("frame"), {childList: true})""")
+    page.evaluate("""window.shown = []; document.querySelector("#frame img").addEventListener(
+                     "load", event => shown.push(event.target.src))""")
     page.keyboard.press("Space")
     assert page.inner_text("#play") == "Pause"
     page.wait_for_function("document.getElementById('play').textContent === 'Play'")
@@ -207,6 +240,44 @@ def test_values_of_an_epoch_are_shown_under_the_pointer(results, look):
         page.mouse.move(box["x"] + part * box["width"], box["y"] + 100)
         assert page.inner_text("#picked").startswith(f"Epoch {row['epoch']}, {row['images_seen']:,} images")
         assert (page.inner_text("#train"), page.inner_text("#held")) == figures(row)
+
+
+@pytest.fixture
+def phone(results, look):
+    page = look(results, width=390, has_touch=True, is_mobile=True)
+    page.locator("#curve").scroll_into_view_if_needed()
+    return page
+
+
+def swipe(page, start, end):
+    """Move a finger over the curve; start and end are parts of its width and height."""
+    box, fingers = page.locator("#curve").bounding_box(), page.context.new_cdp_session(page)
+    for number in range(11):
+        x, y = ((a + number / 10 * (b - a)) for a, b in zip(start, end))
+        point = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        fingers.send("Input.dispatchTouchEvent", {"type": "touchMove" if number else "touchStart", "touchPoints": [point]})
+    fingers.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def test_a_tap_on_the_curve_shows_the_values_of_the_epoch_there_and_its_grid(phone, results):
+    box = phone.locator("#curve").bounding_box()
+    phone.touchscreen.tap(box["x"] + 0.2 * box["width"], box["y"] + 100)
+    wait_for_grid(phone, read_run(results)["grids"][0])
+    assert (phone.inner_text("#train"), phone.inner_text("#held")) == figures(history(results)[0])
+    assert phone.locator("#curve circle.picked").count() == 2
+
+
+def test_values_that_a_finger_drags_to_on_the_curve_stay_when_it_is_lifted(phone, results):
+    swipe(phone, (0.9, 0.5), (0.2, 0.5))
+    phone.wait_for_function("document.querySelectorAll('#curve circle.picked').length === 2")
+    assert (phone.inner_text("#train"), phone.inner_text("#held")) == figures(history(results)[0])
+
+
+def test_a_vertical_swipe_on_the_curve_scrolls_the_page_and_selects_no_epoch(phone):
+    before = phone.evaluate("scrollY")
+    swipe(phone, (0.5, 0.9), (0.5, 0.1))
+    phone.wait_for_function("before => scrollY > before + 50", arg=before)
+    assert phone.locator("#curve circle.picked").count() == 0
 
 
 def test_values_of_an_epoch_are_shown_to_the_keyboard(results, look):
