@@ -307,12 +307,16 @@ SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, 
 }
 
 
-def sampling_timesteps(timesteps, steps):
-    """At most `steps` of the T timesteps, from the last to 0, quadratically closer towards 0, where detail is decided
-    (Song et al. 2021, appendix D.2). With `steps` >= T, all of them."""
-    if steps >= timesteps:
-        return list(range(timesteps - 1, -1, -1))
-    return (torch.linspace(1, 0, steps).square() * (timesteps - 1)).round().long().unique().flip(0).tolist()
+def sampling_schedule(timesteps, steps):
+    """The timesteps that sample() visits, at most `steps` from the last to 0, and a = sqrt(alphas_cumprod) and
+    b = sqrt(1 - alphas_cumprod) of each and of the clean image at the end; three lists.
+
+    They lie quadratically closer towards 0, where detail is decided (Song et al. 2021, appendix D.2).
+    """
+    t = np.arange(timesteps) if steps >= timesteps else (timesteps - 1) * np.linspace(1, 0, steps) ** 2
+    t = np.unique(t.round().astype(int))[::-1].tolist()
+    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)[t]
+    return t, [*alphas_cumprod.sqrt().tolist(), 1.0], [*(1 - alphas_cumprod).sqrt().tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -333,10 +337,7 @@ def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precisio
     device = next(model.parameters()).device
     eta, order = SAMPLERS[sampler]
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    visited = sampling_timesteps(model.timesteps, steps)
-    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(model.timesteps), 0)[visited]
-    a = [*alphas_cumprod.sqrt().tolist(), 1.0]  # the last step leads to the clean image
-    b = [*(1 - alphas_cumprod).sqrt().tolist(), 0.0]
+    visited, a, b = sampling_schedule(model.timesteps, steps)
     x, x_0_before, q_before = randn(streams, model.image_size), None, None
     for step, t in enumerate(visited):
         with autocast(device, precision):

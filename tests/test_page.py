@@ -32,14 +32,6 @@ def write_run(folder, **changes):
     os.replace(folder / "run.js.new", folder / "run.js")
 
 
-def list_pictures(folder):
-    """Replace the keys of an older run.js by `pictures`; to be removed when scriptc.py writes that list."""
-    if "pictures" not in read_run(folder):
-        names = "denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "metrics.csv"
-        write_run(folder, pictures=[name for name in names if (folder / name).exists()],
-                  denoising=None, nearest=None, samples=None)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The results folder of a real run of four epochs, each with its grid; tests that change it work on a copy."""
@@ -49,7 +41,6 @@ def results(tmp_path_factory):
              "--dataroot", folder / "faces", "--results", folder / "results", "--checkpoint", folder / "checkpoint.pth"]
     for epochs in range(1, 5):  # a run always ends with a grid
         assert scriptc.main([str(flag) for flag in [*flags, "--epochs", epochs]]) == 0
-    list_pictures(folder / "results")
     return folder / "results"
 
 

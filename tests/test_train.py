@@ -284,6 +284,60 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monk
     assert same(good["model"], checkpoint(folder)["model"])
 
 
+def test_fewer_epochs_than_are_done_leave_the_run_as_it_is(folder):
+    assert run(folder, *SMALL, "--max-steps", 7).returncode == 0  # in epoch 3
+    before = (folder / "checkpoint.pth").read_bytes()
+    done = run(folder, "--device", "cpu", "--epochs", 2, "--batch-size", 4)
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert (folder / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("part", [0, 0.005, 0.01, 0.5, 0.99, 1])
+def test_the_learning_rate_rises_then_falls_to_zero_and_is_never_negative(part):
+    assert 0 <= scriptc.learning_rate(1, part) <= min(1 - part, 0.1 + 100 * part)
+
+
+def test_the_learning_rate_warms_up_under_minutes_however_long_the_start_takes(folder, monkeypatch):
+    parts, real_step = [], scriptc.training_step
+    monkeypatch.setattr(scriptc, "training_step", lambda run, rows, part: parts.append(part) or real_step(run, rows, part))
+    monkeypatch.setattr(scriptc, "START", time.time() - 30)
+    assert scriptc.main(command(folder, *SMALL, "--minutes", 0.7)[2:]) == 0
+    assert parts[0] == 0 and parts == sorted(parts) and 0.9 < parts[-1] < 1
+
+
+def test_an_epoch_sees_every_image_once_although_the_folder_grew_in_the_middle_of_it(folder, monkeypatch):
+    assert run(folder, *SMALL, "--max-steps", 2).returncode == 0
+    fill_folder(folder / "faces" / "new", 30, 32)
+    seen, real_batch = [], scriptc.Faces.batch
+
+    def batch(self, rows, flip=None):
+        seen.extend(rows.tolist() if flip is not None else [])
+        return real_batch(self, rows, flip)
+
+    monkeypatch.setattr(scriptc.Faces, "batch", batch)
+    assert scriptc.main(command(folder, "--epochs", 1)[2:]) == 0
+    train_rows = scriptc.split(scriptc.load_images(folder / "faces", 16, folder)[0], checkpoint(folder)["heldout"])[0]
+    assert sorted(seen) == train_rows.tolist() and len(seen) > 55
+
+
+def test_short_epochs_do_not_make_checkpoints_more_frequent_than_save_minutes(folder, monkeypatch):
+    saves, real_save = [], scriptc.save_checkpoint
+    monkeypatch.setattr(scriptc, "save_checkpoint", lambda *arguments: saves.append(1) or real_save(*arguments))
+    assert scriptc.main(command(folder, *SMALL, "--epochs", 20)[2:]) == 0
+    assert len(saves) == 1  # the one at the end
+
+
+def test_advice_under_demo_can_be_followed(tmp_path):
+    demo = [sys.executable, str(ROOT / "scriptc.py"), "--demo", "--device", "cpu", "--results", str(tmp_path)]
+    small = ["--image-size", "16", "--channels", "8", "--max-steps", "1"]
+    assert subprocess.run(demo + small, capture_output=True).returncode == 0
+    finished = subprocess.run(demo, capture_output=True, text=True)
+    refused = subprocess.run([*demo, "--image-size", "32"], capture_output=True, text=True)
+    assert finished.returncode == 0 and refused.returncode == 1
+    for advice in (finished.stdout, refused.stderr):
+        assert "--results NEW_FOLDER" in advice and "--checkpoint" not in advice
+
+
 # Parts and processes
 
 
@@ -365,6 +419,18 @@ def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
     _, error = group.communicate(timeout=300)
     assert group.returncode == 0, error
     assert [int(row["epoch"]) for row in table(folder)] == list(range(1, 61))
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_end_in_a_sentence(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "0.pth")
+    script = tmp_path / "start.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport scriptc\n"
+                      f"sys.exit(scriptc.main([*sys.argv[1:], '--checkpoint', {str(tmp_path)!r} + f'/{{scriptc.RANK}}.pth']))")
+    flags = [*SMALL, "--epochs", "9", "--dataroot", str(tmp_path / "faces"), "--results", str(tmp_path / "results")]
+    done = subprocess.run([*TWO_PROCESSES, str(script), *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "process 1 reads another checkpoint or other images than process 0" in done.stderr
 
 
 # Drawing
