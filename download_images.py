@@ -45,7 +45,8 @@ LINE_EVERY, TICK = 30.0, 0.2  # seconds between lines of text; between updates o
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 IMAGE_SUFFIXES = {*FORMATS.values(), ".jpeg", ".tiff"}
 AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"
-HEADERS = {"User-Agent": AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Cache-Control": "no-cache"}
+HEADERS = {"User-Agent": AGENT, "Accept": "image/jpeg,image/png,image/*;q=0.8"}
+HEADERS |= {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
 
 
 def printable(text):
@@ -110,7 +111,7 @@ def fetch(session, url, timeout):
             code, body = response.status_code, bytearray()
             if code != 200:
                 wait, transient = retry_after(response), code in (408, 425, 429) or code >= 500
-                asked = f" and asked to wait {wait:.0f} s" if wait else ""
+                asked = f" and asked to wait {wait:.0f} s" if "Retry-After" in response.headers else ""
                 raise RequestError(f"the site answered {code} {response.reason}{asked}", not transient, wait)
             for piece in response.iter_content(1 << 16):
                 body += piece
@@ -181,7 +182,7 @@ class Folder:
     """The images in a folder, counted by file name without suffix: the same image has the same name in every run."""
 
     def __init__(self, path, target, guess):
-        """Look through `path`, which is to hold `target` images; `guess`: bytes of one, while none is there."""
+        """Look through `path`, to hold `target` images; `guess`: bytes of one, while there is none. Raises OSError."""
         self.path, self.target, self.guess = path, target, guess
         self.known, self.sizes = set(), []  # names without suffix; bytes of the images that this run has seen
         self.closed, self.lock, self.scanned = False, threading.Lock(), -math.inf
@@ -202,7 +203,7 @@ class Folder:
         return {name for name in os.listdir(self.path) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES}
 
     def save(self, stem, suffix, data):
-        """Write `data` (bytes) to the file stem + suffix and return True, unless it is there or no more are wanted."""
+        """Write `data` (bytes) to stem + suffix if it is new and wanted; return whether. Raises OSError, GiveUp."""
         with self.lock:
             if self.target - len(self.known) < 100 or time.monotonic() - self.scanned > 10:  # other runs add images too
                 self.known.update(os.path.splitext(name)[0] for name in self.image_files() - self.broken)
@@ -337,7 +338,7 @@ def get_image(session, folder, args):
 
 
 def download(folder, args, display):
-    """Send requests until the folder is full. Raises GiveUp, and OSError if the folder cannot be written."""
+    """Send requests until the folder is full. Raises GiveUp, and OSError if it cannot be written."""
     pace, counts, reason = Pace(args.max_rate), display.counts, ""
     executor, finished = ThreadPoolExecutor(args.workers), queue.SimpleQueue()
     in_flight, idle = {}, []  # future: (time sent, session); sessions without a request
@@ -404,7 +405,7 @@ def parse_args(argv):
         new_session().get_adapter(requests.Request("GET", args.url).prepare().url)
     except requests.RequestException as error:
         parser.error(f"--url is not an address that starts with http:// or https://: {error}")
-    if args.out.exists() and not args.out.is_dir():
+    if os.path.isfile(args.out):
         parser.error(f"--out {args.out} is a file; name a folder")
     return args
 
@@ -422,9 +423,8 @@ def print_plan(folder):
         print(f"{there}; {cost}; the training can be started meanwhile.", flush=True)
 
 
-def main(argv=None):
-    """Run the command with the arguments `argv` (default: those of the process); return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
+    """Run the command with the arguments `argv`; return the exit status."""
     args = parse_args(argv)
     try:
         folder = Folder(args.out, args.count, guess=args.size**2 // 2 if args.size else 550_000)
@@ -447,4 +447,4 @@ if __name__ == "__main__":
     for signal_number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: shells ignore it for background commands
         signal.signal(signal_number, signal.default_int_handler)
     # Without waiting for requests in flight: a thread that connects cannot be interrupted, and can save nothing.
-    os._exit(main())
+    os._exit(main(sys.argv[1:]))
