@@ -185,7 +185,7 @@ class Folder:
         """Look through `path`, to hold `target` images; `guess`: bytes of one, while there is none. Raises OSError."""
         self.path, self.target, self.guess = path, target, guess
         self.known, self.sizes = set(), []  # names without suffix; bytes of the images that this run has seen
-        self.closed, self.lock, self.scanned = False, threading.Lock(), -math.inf
+        self.closed, self.lock = False, threading.Lock()
         path.mkdir(parents=True, exist_ok=True)
         self.leftovers = list(path.glob(".*.part"))
         self.remove_leftovers(LEFTOVER_AGE)
@@ -205,13 +205,13 @@ class Folder:
     def save(self, stem, suffix, data):
         """Write `data` (bytes) to stem + suffix if it is new and wanted; return whether. Raises OSError, GiveUp."""
         with self.lock:
-            if self.target - len(self.known) < 100 or time.monotonic() - self.scanned > 10:  # other runs add images too
+            if self.target - len(self.known) < 100 or len(self.known) % 32 == 0:  # other runs may add images as well
                 self.known.update(os.path.splitext(name)[0] for name in self.image_files() - self.broken)
-                self.scanned = time.monotonic()
                 if self.sizes:
                     self.check_disk()
             if self.closed or stem in self.known or len(self.known) >= self.target:
                 return False
+            # Written under a temporary name first, so that a killed run leaves no half-written image.
             part = self.path / f".{stem}.{os.urandom(4).hex()}.part"
             try:
                 part.write_bytes(data)
