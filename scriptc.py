@@ -116,8 +116,8 @@ def build_parser():
         help="between two checkpoints; one more is saved at the end (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=number(int, 1, 10**9), help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=number(int, 1, 10**9), default=30,
-        help="network evaluations for each image drawn (default: 30)")
+    add("--sample-steps", metavar="K", type=number(int, 1, 10**9), default=20,
+        help="network evaluations for each image drawn (default: 20)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -272,7 +272,7 @@ class SimpleUnet(nn.Module):
         narrow, wide = channels[:-1], channels[1:]
         self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(narrow, wide))
-        self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(2))
+        self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(narrow, wide))
         self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))
@@ -320,7 +320,7 @@ def sampling_schedule(timesteps, steps):
 
 
 @torch.no_grad()
-def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
+def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
     """Draw `count` images, (count, 3, S, S) float32 in [-1, 1] on the CPU, from a trained SimpleUnet.
 
     Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod), the share
