@@ -491,6 +491,7 @@ class Run:
             self.scaler.load_state_dict(saved["scaler"])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(saved["optimizer"][name])
+                optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
 
         self.cores = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
         self.pool = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads, initargs=[1])
@@ -498,7 +499,7 @@ class Run:
         if device.type == "cpu":
             self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
-        self.lr = self.drawing = self.evaluation = 0.0  # drawing: seconds spent on pictures; evaluation: of one image
+        self.drawing = self.evaluation = 0.0  # drawing: seconds spent on pictures; evaluation: of one image
         self.begun, self.begun_seen = time.time(), at.images_seen  # of this start
         self.begun_part = self.part_done()
 
@@ -628,9 +629,8 @@ def training_step(run, rows, part):
     finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
     for weight in run.weights:
         weight.grad = torch.where(finite, weight.grad, 0)
-    run.lr = learning_rate(run.args.lr, part)
     for optimizer in run.optimizers.values():
-        optimizer.param_groups[0]["lr"].copy_(run.lr * finite)
+        optimizer.param_groups[0]["lr"].copy_(learning_rate(run.args.lr, part) * finite)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -670,7 +670,7 @@ def end_epoch(run, report, stop, at_end):
     at, args, begun = run.at, run.args, time.time()
     if RANK == 0 and at.images_in_epoch:
         at.history.append([at.epoch + 1, at.step, at.images_seen, (run.losses[0] / run.losses[1]).item(), heldout_loss(run),
-                           run.lr, run.images_per_second(), run.seconds()])
+                           run.optimizers["adam"].param_groups[0]["lr"].item(), run.images_per_second(), run.seconds()])
         report.end_epoch(at_end)
     if at.images_in_epoch >= len(run.train_rows):
         at.epoch, at.images_in_epoch = at.epoch + 1, 0
