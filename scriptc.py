@@ -102,8 +102,8 @@ def build_parser():
         help="width at each resolution, from the full one down (default: by device and image size)")
     add("--timesteps", metavar="T", type=number(int, 10, 10_000), default=1000, help="of the diffusion (default: 1000)")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", metavar="N", type=number(int, 1, 10**9), default=128,
-        help="images per optimizer step, over all processes (default: 128)")
+    add("--batch-size", metavar="N", type=number(int, 1, 10**9), default=64,
+        help="images per optimizer step, over all processes (default: 64)")
     add("--epochs", metavar="N", type=number(int, 1, 10**9),
         help="passes over the images (default: 100; no limit with --minutes or --max-steps)")
     add("--minutes", metavar="M", type=number(float, 1e-3, 1e6),
@@ -519,7 +519,8 @@ class Run:
         part = at.step / min(at.step + steps_left, args.max_steps or math.inf)
         if args.minutes and at.step:
             rest = 1.2 * (self.pictures_seconds(args.sample_steps) + self.saver.cost) + 1  # after the last step
-            part = max(part, (self.seconds() - at.first_step) / max(60 * args.minutes - rest - at.first_step, 0.1))
+            budget = 60 * args.minutes - min(rest, 20 * args.minutes) - at.first_step
+            part = max(part, (self.seconds() - at.first_step) / max(budget, 0.1))
         return min(part, 1.0)
 
     def seconds_left(self):
