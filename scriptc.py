@@ -249,7 +249,7 @@ class SimpleUnet(nn.Module):
         narrow, wide = channels[:-1], channels[1:]
         self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(narrow, wide))
-        self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(2))
+        self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(narrow, wide))
         self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))
@@ -284,16 +284,20 @@ SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, 
 }
 
 
-def sampling_timesteps(timesteps, steps):
-    """At most `steps` of the T timesteps, from the last to 0, quadratically closer towards 0, where detail is decided
-    (Song et al. 2021, appendix D.2). With `steps` >= T, all of them."""
-    if steps >= timesteps:
-        return list(range(timesteps - 1, -1, -1))
-    return (torch.linspace(1, 0, steps).square() * (timesteps - 1)).round().long().unique().flip(0).tolist()
+def sampling_schedule(timesteps, steps):
+    """The timesteps that sample() visits, at most `steps` from the last to 0, and a = sqrt(alphas_cumprod) and
+    b = sqrt(1 - alphas_cumprod) of each and of the clean image at the end; three lists.
+
+    They lie quadratically closer towards 0, where detail is decided (Song et al. 2021, appendix D.2).
+    """
+    t = np.arange(timesteps) if steps >= timesteps else (timesteps - 1) * np.linspace(1, 0, steps) ** 2
+    t = np.unique(t.round().astype(int))[::-1].tolist()
+    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)[t]
+    return t, [*alphas_cumprod.sqrt().tolist(), 1.0], [*(1 - alphas_cumprod).sqrt().tolist(), 0.0]
 
 
 @torch.no_grad()
-def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
+def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
     """Draw `count` images, (count, 3, S, S) float32 in [-1, 1] on the CPU, from a trained SimpleUnet.
 
     Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod), the
@@ -310,10 +314,7 @@ def sample(model, count=64, steps=30, sampler="dpm++", seed=0, first=0, precisio
     device = next(model.parameters()).device
     eta, order = SAMPLERS[sampler]
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    visited = sampling_timesteps(model.timesteps, steps)
-    alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(model.timesteps), 0)[visited]
-    a = [*alphas_cumprod.sqrt().tolist(), 1.0]  # the last step leads to the clean image
-    b = [*(1 - alphas_cumprod).sqrt().tolist(), 0.0]
+    visited, a, b = sampling_schedule(model.timesteps, steps)
     x, x_0_before, q_before = randn(streams, model.image_size), None, None
     for step, t in enumerate(visited):
         with autocast(device, precision):
@@ -471,6 +472,7 @@ class Run:
             self.scaler.load_state_dict(saved["scaler"])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(saved["optimizer"][name])
+                optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
 
         self.cores = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
         self.pool = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads, initargs=[1])
@@ -498,7 +500,8 @@ class Run:
         part = at.step / min(at.step + steps_left, args.max_steps or math.inf)
         if args.minutes and at.step:
             rest = 1.2 * (self.pictures_seconds(args.sample_steps) + self.saver.cost) + 1  # after the last step
-            part = max(part, (self.seconds() - at.first_step) / max(60 * args.minutes - rest - at.first_step, 0.1))
+            budget = 60 * args.minutes - min(rest, 20 * args.minutes) - at.first_step
+            part = max(part, (self.seconds() - at.first_step) / max(budget, 0.1))
         return min(part, 1.0)
 
     def seconds_left(self):

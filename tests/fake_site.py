@@ -41,7 +41,9 @@ FAULTS = {
     "cut": "half of a body of unannounced length",
     "reset": "the connection breaks in the middle",
     "stall": "nothing more comes after half of the body",
-    "drip": "a byte now and then, for ever",
+    "drip": "a byte of the body now and then, for ever",
+    "slow-headers": "a byte of the headers now and then, for ever",
+    "control": "403 with control characters in its reason",
     "html": "a page with status 200",
     "empty": "no body",
     "endless": "a body that never ends",
@@ -218,6 +220,8 @@ class Handler(socketserver.StreamRequestHandler):
         if name in ("403", "404", "500", "503"):
             reason = {"403": "Forbidden", "404": "Not Found"}.get(name, "Service Unavailable")
             return self.answer(f"{name} {reason}", b"sorry", "text/plain")
+        if name == "control":
+            return self.answer("403 \x1b]0;forged\x07 Forbidden", b"sorry", "text/plain")
         if name == "html":
             return self.answer("200 OK", b"<!DOCTYPE html><title>Sorry</title><p>Please wait", "text/html")
         if name == "empty":
@@ -229,10 +233,11 @@ class Handler(socketserver.StreamRequestHandler):
             return self.answer("200 OK", body[:size] + struct.pack(">HH", 65000, 65000) + body[size + 4 :])
         if name == "big":
             return self.answer("200 OK", body + bytes(30_000_000 - len(body)))
-        if name in ("endless", "drip"):
-            self.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n" + half)
-            while not self.site.stopping.wait(0.05 if name == "drip" else 0):
-                self.connection.sendall(b"\0" if name == "drip" else bytes(65536))
+        if name in ("endless", "drip", "slow-headers"):
+            end = b"\r\nX-Header: " if name == "slow-headers" else b"\r\n\r\n" + half
+            self.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg" + end)
+            while not self.site.stopping.wait(0 if name == "endless" else 0.05):
+                self.connection.sendall(bytes(65536) if name == "endless" else b"x")
             return False
         if name == "cut":
             self.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n" + half)

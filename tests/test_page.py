@@ -1,4 +1,4 @@
-"""results/index.html as a user opens it, from disk, in a real browser: every test is one promise about what it shows."""
+"""results/index.html as a user opens it: from disk, in a browser. Each test is one promise about the page."""
 
 import json
 import os
@@ -14,20 +14,20 @@ from fake_face.draw_faces import fill_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which steers the browser, is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which controls the browser, is not installed")
 pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
 
 SIDE, PADDING = 16, 2
 
 
-def told(folder):
-    """What the folder's run.js tells the page."""
+def read_run(folder):
+    """The data that the folder's run.js gives to the page."""
     return json.loads(re.fullmatch(r"show\((.*)\);?\s*", (folder / "run.js").read_text(encoding="utf-8"), re.DOTALL)[1])
 
 
-def tell(folder, **changes):
-    """Write run.js as a training does that goes on: whole at once, with a new time."""
-    run = (told(folder) if (folder / "run.js").exists() else {}) | {"updated": time.time()} | changes
+def write_run(folder, **changes):
+    """Update run.js as a running training does: replace the whole file, with a new time."""
+    run = read_run(folder) | {"updated": time.time()} | changes
     (folder / "run.js.new").write_text(f"show({json.dumps(run)})\n", encoding="utf-8")
     os.replace(folder / "run.js.new", folder / "run.js")
 
@@ -63,9 +63,9 @@ def look(browser):
 
     def open_page(folder, width=1280, waiting_for="#frame img", **options):
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
-        page.complaints, page.requests = [], []
-        page.on("console", lambda message: page.complaints.append(message.text))
-        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.errors, page.requests = [], []
+        page.on("console", lambda message: page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("request", lambda request: page.requests.append(request.url))
         pages.append(page)
         page.goto((folder / "index.html").as_uri())
@@ -88,16 +88,16 @@ def figures(row):
 
 
 def history(folder):
-    run = told(folder)
+    run = read_run(folder)
     return [dict(zip(run["columns"], row)) for row in run["history"]]
 
 
-# What it shows
+# Content
 
 
 def test_the_newest_grid_is_shown_large_and_sharp(results, look):
     page = look(results)
-    wait_for_grid(page, told(results)["grids"][-1])
+    wait_for_grid(page, read_run(results)["grids"][-1])
     shown = page.evaluate("(({naturalWidth, width}) => [naturalWidth, width])(document.querySelector('#frame img'))")
     assert shown[0] == 8 * (SIDE + PADDING) + PADDING and shown[1] >= 400 and shown[1] % shown[0] == 0
     assert page.eval_on_selector("#frame img", "image => getComputedStyle(image).imageRendering") == "pixelated"
@@ -113,55 +113,95 @@ def test_the_curve_has_a_point_for_every_epoch_on_both_lines(results, look):
     assert page.locator("#curve text").count() > 4
 
 
-def test_the_denoising_strip_is_shown_and_what_is_not_there_is_not(results, look):
+def test_only_pictures_that_exist_are_shown(results, look):
     page = look(results)
-    run = told(results)
     for name in ("denoising", "nearest", "samples"):
-        assert page.is_visible(f"#{name}") == (run[name] is not None)
+        assert page.is_visible(f"#{name}") == (f"{name}.png" in read_run(results)["pictures"])
     page.wait_for_function("document.getElementById('denoising').naturalWidth > 0")
 
 
-def test_settings_state_and_progress_are_told_in_words(copied, look):
-    tell(copied, state="training", progress=0.256, seconds_left=4000.0, images_per_second=1234.5)
+def test_captions_say_what_the_rows_of_the_strip_and_the_numbers_under_the_pairs_are(copied, look):
+    write_run(copied, pictures=["denoising.png", "nearest.png"])
+    page = look(copied)
+    caption = page.inner_text("figure:has(#denoising)")
+    assert all(words in caption for words in ("Each pair of rows is one sample", "noisy image xt", "clean image x0"))
+    assert "Below 1: closer" in page.inner_text("figure:has(#nearest)")
+
+
+def test_settings_state_and_progress_are_shown_as_text(copied, look):
+    write_run(copied, state="training", progress=0.256, seconds_left=4000.0, images_per_second=1234.5)
     page = look(copied)
     assert page.inner_text("#state") == "Training: 25 %, 1 h 6 min left"
-    for label, text in told(copied)["settings"]:
-        assert label in page.inner_text("#settings") and text in page.inner_text("#settings")
+    for label, text in read_run(copied)["settings"]:
+        assert label in page.inner_text("#settings") and text in page.text_content("#settings")
     assert "1,235 images a second" in page.inner_text("#settings")
 
 
-def test_a_training_that_fell_silent_is_said_to_have_stopped(copied, look):
-    tell(copied, state="training", progress=0.5, updated=time.time() - 1000)
+@pytest.mark.parametrize("path", ["/home/me/" + "long name/" * 12 + "faces", "C:\\Users\\" + "name\\" * 20 + "faces"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_long_path_is_cut_at_the_left_to_fit_in_one_line_and_is_whole_in_a_tooltip(copied, look, path, width):
+    write_run(copied, settings=[["images", f"50 below {path}, 12 of them held out"], ["cache", "/a/b.bin, 614.4 MB"]])
+    page = look(copied, width=width)
+    assert page.locator("#settings dd").first.text_content() == f"50 below {path}, 12 of them held out"
+    shown = page.get_by_title(path, exact=True)
+    assert shown.bounding_box()["height"] < 30
+    box, text = shown.evaluate("""shown => [shown, shown.firstChild].map(element => {
+        const {left, right} = element.getBoundingClientRect(); return [left, right]})""")
+    assert text[0] < box[0] and text[1] == pytest.approx(box[1], abs=1) and box[1] <= width
+    box, text = page.get_by_title("/a/b.bin", exact=True).evaluate("shown => [shown.offsetWidth, shown.scrollWidth]")
+    assert box == text
+
+
+def test_a_training_without_updates_is_reported_as_stopped(copied, look):
+    write_run(copied, state="training", progress=0.5, updated=time.time() - 1000)
     assert "seems to have stopped" in look(copied).inner_text("#state")
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 1000])
-def test_a_short_and_a_long_run_are_shown_as_well(copied, look, epochs):
-    row = told(copied)["history"][0]
-    tell(copied, history=[[epoch, *row[1:3], 0.3 / epoch, 0.3 / epoch, *row[5:]] for epoch in range(1, epochs + 1)],
-         grids=told(copied)["grids"][:epochs])
+def test_runs_of_no_one_and_a_thousand_epochs_are_shown_without_errors(copied, look, epochs):
+    row = read_run(copied)["history"][0]
+    write_run(copied, history=[[epoch, *row[1:3], 0.3 / epoch, 0.3 / epoch, *row[5:]] for epoch in range(1, epochs + 1)],
+         grids=read_run(copied)["grids"][:epochs])
     page = look(copied, waiting_for="#seen")
     page.wait_for_timeout(200)
-    assert page.locator("#curve polyline").count() == (2 if epochs else 0) and page.complaints == []
+    assert page.locator("#curve polyline").count() == (2 if epochs else 0) and page.errors == []
     assert page.is_visible("#controls") == (epochs > 1)
 
 
 def test_text_in_the_data_stays_text(copied, look):
-    tell(copied, settings=[["device", "<img src=x onerror=alert(1)>"]])
+    write_run(copied, settings=[["device", "<img src=x onerror=alert(1)>"]])
     assert "<img src=x" in look(copied).inner_text("#settings")
 
 
-def test_without_a_run_it_says_which_command_to_start(copied, look):
+def test_without_a_run_the_page_shows_the_command_to_start_one(copied, look):
     (copied / "run.js").unlink()
     page = look(copied, waiting_for="#hint")
     assert "python scriptc.py" in page.inner_text("#hint") and not page.is_visible("#seen")
 
 
-# Looking around
+def test_each_picture_file_and_the_metrics_have_a_link_if_they_exist(copied, look):
+    grids, names = read_run(copied)["grids"], ["nearest.png", "loss.png", "progress.webp", "metrics.csv"]
+    write_run(copied, pictures=names)
+    page = look(copied)
+    links = "links => links.map(link => [link.getAttribute('href'), link.textContent])"
+    assert page.eval_on_selector_all("a", links) == [[name, name] for name in [grids[-1][2], *names]]
+    page.keyboard.press("ArrowLeft")
+    assert page.eval_on_selector_all("a", links)[0] == [grids[-2][2]] * 2
+
+
+def test_a_link_keeps_the_keyboard_focus_when_the_page_updates_itself(copied, look):
+    page = look(copied)
+    page.focus("a[href='loss.png']")
+    write_run(copied, state="training", progress=0.5, seconds_left=60)
+    page.wait_for_function("document.getElementById('state').textContent.startsWith('Training')")
+    assert page.evaluate("document.activeElement.textContent") == "loss.png"
+
+
+# Controls
 
 
 def test_slider_arrow_keys_and_button_change_the_picture(results, look):
-    page, grids = look(results), told(results)["grids"]
+    page, grids = look(results), read_run(results)["grids"]
     page.keyboard.press("ArrowLeft")
     wait_for_grid(page, grids[-2])
     page.fill("#slider", "0")
@@ -174,9 +214,9 @@ def test_slider_arrow_keys_and_button_change_the_picture(results, look):
 
 
 def test_the_space_bar_plays_all_grids_from_the_first(results, look):
-    page, grids = look(results), told(results)["grids"]
-    page.evaluate("""window.shown = []; new MutationObserver(() => shown.push(document.querySelector("#frame img").src))
-                     .observe(document.getElementById("frame"), {childList: true})""")
+    page, grids = look(results), read_run(results)["grids"]
+    page.evaluate("""window.shown = []; document.querySelector("#frame img").addEventListener(
+                     "load", event => shown.push(event.target.src))""")
     page.keyboard.press("Space")
     assert page.inner_text("#play") == "Pause"
     page.wait_for_function("document.getElementById('play').textContent === 'Play'")
@@ -193,6 +233,44 @@ def test_values_of_an_epoch_are_shown_under_the_pointer(results, look):
         assert (page.inner_text("#train"), page.inner_text("#held")) == figures(row)
 
 
+@pytest.fixture
+def phone(results, look):
+    page = look(results, width=390, has_touch=True, is_mobile=True)
+    page.locator("#curve").scroll_into_view_if_needed()
+    return page
+
+
+def swipe(page, start, end):
+    """Move a finger over the curve; start and end are parts of its width and height."""
+    box, fingers = page.locator("#curve").bounding_box(), page.context.new_cdp_session(page)
+    for number in range(11):
+        x, y = ((a + number / 10 * (b - a)) for a, b in zip(start, end))
+        point = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        fingers.send("Input.dispatchTouchEvent", {"type": "touchMove" if number else "touchStart", "touchPoints": [point]})
+    fingers.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def test_a_tap_on_the_curve_shows_the_values_of_the_epoch_there_and_its_grid(phone, results):
+    box = phone.locator("#curve").bounding_box()
+    phone.touchscreen.tap(box["x"] + 0.2 * box["width"], box["y"] + 100)
+    wait_for_grid(phone, read_run(results)["grids"][0])
+    assert (phone.inner_text("#train"), phone.inner_text("#held")) == figures(history(results)[0])
+    assert phone.locator("#curve circle.picked").count() == 2
+
+
+def test_values_that_a_finger_drags_to_on_the_curve_stay_when_it_is_lifted(phone, results):
+    swipe(phone, (0.9, 0.5), (0.2, 0.5))
+    phone.wait_for_function("document.querySelectorAll('#curve circle.picked').length === 2")
+    assert (phone.inner_text("#train"), phone.inner_text("#held")) == figures(history(results)[0])
+
+
+def test_a_vertical_swipe_on_the_curve_scrolls_the_page_and_selects_no_epoch(phone):
+    before = phone.evaluate("scrollY")
+    swipe(phone, (0.5, 0.9), (0.5, 0.1))
+    phone.wait_for_function("before => scrollY > before + 50", arg=before)
+    assert phone.locator("#curve circle.picked").count() == 0
+
+
 def test_values_of_an_epoch_are_shown_to_the_keyboard(results, look):
     page, rows = look(results), history(results)
     page.focus("#curve")
@@ -203,11 +281,11 @@ def test_values_of_an_epoch_are_shown_to_the_keyboard(results, look):
     assert figures(rows[-2])[0] in page.get_attribute("#curve", "aria-valuetext")
     page.keyboard.press("Home")
     page.keyboard.press("Enter")
-    wait_for_grid(page, told(results)["grids"][0])
+    wait_for_grid(page, read_run(results)["grids"][0])
 
 
-def test_one_face_can_be_enlarged_and_followed(results, look):
-    page, grids = look(results), told(results)["grids"]
+def test_an_enlarged_face_stays_enlarged_in_other_epochs(results, look):
+    page, grids = look(results), read_run(results)["grids"]
     page.get_by_label("Face 10", exact=True).click()
     scale = "image => image.width / image.naturalWidth"
     assert page.eval_on_selector("#frame img", scale) > 20 and "face 10" in page.inner_text("#note")
@@ -218,34 +296,34 @@ def test_one_face_can_be_enlarged_and_followed(results, look):
     assert page.eval_on_selector("#frame img", scale) < 10
 
 
-# While it trains
+# During a training
 
 
-def land(folder):
-    """One more epoch with its grid, as a training adds it; returns the grid's entry."""
-    run = told(folder)
+def add_epoch(folder):
+    """Add one epoch with its grid, as a training does; returns the grid's entry."""
+    run = read_run(folder)
     epoch, step, name = run["grids"][-1]
     grid = [epoch + 1, step + 5, f"epoch_{epoch + 1}_step_{step + 5}.png"]
     shutil.copy(folder / name, folder / grid[2])
-    tell(folder, state="training", grids=[*run["grids"], grid],
+    write_run(folder, state="training", grids=[*run["grids"], grid],
          history=[*run["history"], [grid[0], grid[1], *run["history"][-1][2:]]])
     return grid
 
 
-def test_a_new_epoch_appears_by_itself_but_not_to_one_who_looks_at_an_older(copied, look):
+def test_a_new_grid_appears_by_itself_unless_an_older_one_is_being_viewed(copied, look):
     at_newest, at_older = look(copied), look(copied)
-    older = told(copied)["grids"][-2]
+    older = read_run(copied)["grids"][-2]
     at_older.keyboard.press("ArrowLeft")
     wait_for_grid(at_older, older)
     epochs = len(history(copied))
-    newer = land(copied)
+    newer = add_epoch(copied)
     for page in (at_newest, at_older):
         page.wait_for_function("n => document.querySelector('#curve polyline').points.length === n", arg=epochs + 1)
     wait_for_grid(at_newest, newer)
     wait_for_grid(at_older, older)
 
 
-def test_the_page_fills_when_the_first_run_begins(copied, look):
+def test_an_open_page_shows_the_first_run_when_it_starts(copied, look):
     os.rename(copied / "run.js", copied / "later.js")
     page = look(copied, waiting_for="#hint")
     os.rename(copied / "later.js", copied / "run.js")
@@ -253,16 +331,28 @@ def test_the_page_fills_when_the_first_run_begins(copied, look):
     assert not page.is_visible("#hint")
 
 
-# Everywhere
+# Network and layout
 
 
-def test_nothing_is_asked_of_the_network_and_nothing_goes_wrong(results, look):
+def test_the_page_loads_nothing_from_the_network_and_logs_no_errors(results, look):
     page = look(results)
     page.keyboard.press("Space")
     page.wait_for_timeout(500)
     here = results.as_uri() + "/"
-    assert [url for url in page.requests if not url.startswith((here, "data:"))] == [] and page.complaints == []
+    assert [url for url in page.requests if not url.startswith((here, "data:"))] == [] and page.errors == []
     assert any(url.startswith(here + "run.js") for url in page.requests)
+
+
+@pytest.mark.parametrize("density", [1, 3])
+@pytest.mark.parametrize("side", [SIDE, 64])
+def test_on_a_phone_the_grid_takes_the_whole_width_of_the_screen(copied, look, side, density):
+    write_run(copied, grid=read_run(copied)["grid"] | {"side": side})
+    page = look(copied, width=390, device_scale_factor=density, is_mobile=True)
+    for part in ("#frame", "#frame img"):
+        box = page.locator(part).first.bounding_box()
+        assert (box["x"], box["width"]) == (0, pytest.approx(390, abs=0.1))
+    assert page.locator("#controls").bounding_box()["x"] >= 16
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

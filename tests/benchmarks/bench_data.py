@@ -8,7 +8,6 @@ for its memory rows. The second process of a row counts from after its imports.
 """
 
 import argparse
-import contextlib
 import io
 import os
 import random
@@ -24,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -118,9 +116,9 @@ def cold(args, folder):
         read = sum(len(images) for images, _ in theirs)
         their_seconds.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        names, pixels, _, cache = scriptc.load_images(root, SIZE, root)
+        names, pixels, _ = scriptc.load_images(root, SIZE, root)
         ours_seconds.append(time.perf_counter() - begun)
-        cache.unlink()
+        (root / f".faces_{SIZE}px.cache").unlink()
         assert read == len(names) == args.images
     ours, other = (args.images / statistics.median(seconds) for seconds in (ours_seconds, their_seconds))
     yield (f"{args.images} JPEGs of 1024 px ({real} of them real) to {SIZE} px, no cache yet",
@@ -164,37 +162,24 @@ def again(args, folder):
 
 
 def cost(args, folder):
-    """One row: what data takes of a step of the default network on this machine's CPU."""
-    make_many(folder / "cost", 5000)
-    names, pixels, *_ = make_cache(folder / "cost")
-    cpu = torch.device("cpu")
-    faces, model = scriptc.Faces(pixels, cpu), scriptc.SimpleUnet().to(memory_format=torch.channels_last)
-    optimizer, precision = torch.optim.Adam(model.parameters()), scriptc.choose_precision("auto", cpu)
-    alphas_cumprod = torch.cumprod(1 - scriptc.linear_beta_schedule(1000), 0).float()
-    gather, batch, step = [], [], []
+    """One row: what data takes of a training step of the default network on this machine's CPU."""
+    make_many(folder / "cost" / "faces", 5000)
+    make_cache(folder / "cost" / "faces")
+    flags = ["--dataroot", str(folder / "cost" / "faces"), "--results", str(folder / "cost"), "--image-size", str(SIZE)]
+    settings, cpu = scriptc.read_settings(flags), torch.device("cpu")
+    settings.channels = scriptc.default_channels(cpu, SIZE)
+    run, batch, step = scriptc.Run(settings, cpu), [], []
     for _ in range(args.steps):
-        rows, other_rows = torch.randint(len(names), (2, BATCH))
-        flip = torch.rand(BATCH) < 0.5
+        rows, flip = torch.randint(len(run.faces.pixels), (BATCH,)), torch.rand(BATCH) < 0.5
         begun = time.perf_counter()
-        faces.pixels[other_rows]
-        scriptc.release(pixels)
-        gathered = time.perf_counter()
-        x_0 = faces.batch(rows, flip)
+        run.faces.batch(rows, flip)
         converted = time.perf_counter()
-        t = torch.randint(1000, (BATCH,))
-        x_t, noise = scriptc.forward_diffusion(x_0, t, alphas_cumprod)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            predicted = model(x_t, t)
-        F.l1_loss(predicted.float(), noise).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        gather.append(gathered - begun)
-        batch.append(converted - gathered)
-        step.append(time.perf_counter() - gathered)
-    gather, batch, step = (1e6 * statistics.median(seconds) for seconds in (gather, batch, step))
-    yield (f"data in a step, {SIZE} px, batch {BATCH}, default channels, CPU, {precision}",
-           f"gather {gather:,.0f} µs; transfer, normalise and flip {batch - gather:,.0f} µs; "
-           f"of a step of {step / 1000:,.0f} ms: {batch / step:.2%}", "2%")
+        scriptc.training_step(run, rows, 0.5)
+        batch.append(converted - begun)
+        step.append(time.perf_counter() - converted)
+    batch, step = (1e3 * statistics.median(seconds) for seconds in (batch, step))
+    yield (f"data in a step, {SIZE} px, batch {BATCH}, default channels, CPU, {run.precision}",
+           f"gather, normalise and flip {batch:.2f} ms of a step of {step:,.0f} ms: {batch / step:.2%}", "2%")
 
 
 def memory(args, folder):
@@ -220,22 +205,15 @@ def encoded(image, kind, **options):
 
 
 def sound_files():
-    """{ending: bytes} of good images in ten formats, some in several kinds."""
+    """{ending: bytes} of good images in the five formats, some in several kinds."""
     face, frames = draw_face(1, 256), [draw_face(number, 96) for number in range(3)]
     moving, exif = {"save_all": True, "append_images": frames[1:]}, Image.Exif()
     exif[0x0112] = 6  # turned
-    files = {"jpg": encoded(face, "JPEG"), "turned.jpg": encoded(face, "JPEG", progressive=True, exif=exif),
-             "cmyk.jpg": encoded(face.convert("CMYK"), "JPEG"), "png": encoded(face, "PNG"),
-             "palette.png": encoded(face.quantize(64), "PNG", transparency=bytes(range(64))),
-             "moving.png": encoded(frames[0], "PNG", **moving), "gif": encoded(frames[0], "GIF", **moving),
-             "webp": encoded(face, "WEBP"), "moving.webp": encoded(frames[0], "WEBP", **moving),
-             "bmp": encoded(face, "BMP"), "ppm": encoded(face, "PPM"), "tga": encoded(face, "TGA"),
-             "pcx": encoded(face, "PCX"), "ico": encoded(face, "ICO")}
-    for compression in ("raw", "jpeg", "tiff_lzw", "tiff_adobe_deflate"):
-        files[f"{compression}.tiff"] = encoded(face, "TIFF", compression=compression)
-    with contextlib.suppress(KeyError, OSError):  # a Pillow without the library
-        files["jp2"] = encoded(face, "JPEG2000")
-    return files
+    return {"jpg": encoded(face, "JPEG"), "turned.jpg": encoded(face, "JPEG", progressive=True, exif=exif),
+            "cmyk.jpg": encoded(face.convert("CMYK"), "JPEG"), "png": encoded(face, "PNG"),
+            "palette.png": encoded(face.quantize(64), "PNG", transparency=bytes(range(64))),
+            "moving.png": encoded(frames[0], "PNG", **moving), "gif": encoded(frames[0], "GIF", **moving),
+            "webp": encoded(face, "WEBP"), "moving.webp": encoded(frames[0], "WEBP", **moving), "bmp": encoded(face, "BMP")}
 
 
 def mutate(content, heads, chance):

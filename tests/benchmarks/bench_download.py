@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_download.py               # every row, about six minutes
     python tests/benchmarks/bench_download.py latency kill  # some
+    python tests/benchmarks/bench_download.py --script OLD  # each row with the script OLD first, then with this one
 
 Needs nothing but the repository; on Linux, for the memory row.  Rates count from the first request to the end
 of the process, so that the start of Python is left out.
@@ -30,9 +31,9 @@ from tests.fake_site import FakeSite  # noqa: E402
 NO_LIMIT = ("--max-rate", "0")
 
 
-def start(site, out, count, *options):
-    """Start the downloader on a site, as a user does; returns the process."""
-    command = [sys.executable, ROOT / "download_images.py", "--url", site.url, "--out", out]
+def start(script, site, out, count, *options):
+    """Start the downloader `script` on a site, as a user does; returns the process."""
+    command = [sys.executable, script, "--url", site.url, "--out", out]
     command += ["--count", str(count), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -62,10 +63,10 @@ def verdict(out):
     return "{} images, {} different, {} other or broken files".format(*judge(out))
 
 
-def pace(period, count, doubles=False):
+def pace(script, period, count, doubles=False):
     """A row: a new image every `period` seconds, twice as long in the second half if it `doubles`."""
     with tempfile.TemporaryDirectory() as out, FakeSite(period=period, latency=0.02, size=256) as site:
-        process = start(site, out, count)
+        process = start(script, site, out, count)
         if doubles:
             change = threading.Timer(period * count / 2, site.set_period, [2 * period])
             change.start()
@@ -90,16 +91,16 @@ def plain_loop(site, out, count):
     return count / (time.monotonic() - started)
 
 
-def latency():
+def latency(script):
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, latency=0.2) as site:
         plain = plain_loop(site, Path(out, "plain"), 40)
         before = len(site.times)
         count = 800
-        rate = count / (finish(start(site, Path(out, "ours"), count, *NO_LIMIT)) - site.times[before])
+        rate = count / (finish(start(script, site, Path(out, "ours"), count, *NO_LIMIT)) - site.times[before])
         return f"{rate:.1f} images a second, plain loop {plain:.1f}: {rate / plain:.1f} times"
 
 
-def speed():
+def speed(script):
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, size=1024) as site:
         count = 400
         os.sync()  # before each part, so that none pays for what another left to be written
@@ -109,11 +110,11 @@ def speed():
         os.sync()
         started = time.monotonic()
         for path in Path(out, "plain").iterdir():
-            (copies / path.name).write_bytes(check_image(path.read_bytes())[0])
+            (copies / path.name).write_bytes(check_image(path.read_bytes())[1])
         copied = count / (time.monotonic() - started)
         os.sync()
         before, cpu = len(site.times), os.times()
-        seconds = finish(start(site, Path(out, "ours"), count, *NO_LIMIT)) - site.times[before]
+        seconds = finish(start(script, site, Path(out, "ours"), count, *NO_LIMIT)) - site.times[before]
         now = os.times()
         used = now.children_user + now.children_system - cpu.children_user - cpu.children_system
         served = now.user + now.system - cpu.user - cpu.system
@@ -125,18 +126,18 @@ def speed():
         )
 
 
-def faults():
+def faults(script):
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, fault_rate=0.15, latency=0.01) as site:
-        finish(start(site, out, 400, "--timeout", "1"))
+        finish(start(script, site, out, 400, "--timeout", "1"))
         met = sum(site.counts.values()) - site.counts["good"]
         return f"{verdict(out)}; {met} faults of {len(site.counts) - 1} kinds in {len(site.times)} requests"
 
 
-def kill():
+def kill(script):
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, size=256) as site:
         kills, moment = 0, random.Random(0)
         while kills < 50:
-            process = start(site, out, 500, "--max-rate", "60")
+            process = start(script, site, out, 500, "--max-rate", "60")
             begin = len(site.times)
             while process.poll() is None and len(site.times) == begin:
                 time.sleep(0.001)
@@ -145,28 +146,28 @@ def kill():
             process.communicate()
             kills += 1
         done = len(os.listdir(out))
-        finish(start(site, out, 500, *NO_LIMIT))
+        finish(start(script, site, out, 500, *NO_LIMIT))
         return f"{verdict(out)}; {kills} kills, {done} files after the last"
 
 
-def two():
+def two(script):
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, latency=0.02) as site:
-        for process in [start(site, out, 300, *NO_LIMIT) for _ in range(2)]:
+        for process in [start(script, site, out, 300, *NO_LIMIT) for _ in range(2)]:
             finish(process)
         own = verdict(out)
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0.05, latency=0.02) as site:
-        for process in [start(site, out, 300) for _ in range(2)]:
+        for process in [start(script, site, out, 300) for _ in range(2)]:
             finish(process)
         return f"{own}; when both see the same images: {verdict(out)}"
 
 
-def memory():
+def memory(script):
     def resident(what="VmRSS"):
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
         return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(what)), 0)
 
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, size=1024) as site:
-        process = start(site, out, 2000, *NO_LIMIT)
+        process = start(script, site, out, 2000, *NO_LIMIT)
         early = late = peak = 0
         while process.poll() is None:
             now = resident()
@@ -179,10 +180,10 @@ def memory():
 
 
 ROWS = {
-    "pace-0.1": ("a new image every 0.1 s", lambda: pace(0.1, 300)),
-    "pace-0.3": ("a new image every 0.3 s", lambda: pace(0.3, 120)),
-    "pace-1": ("a new image every 1 s", lambda: pace(1.0, 50)),
-    "pace-double": ("a period of 0.2 s that doubles half-way", lambda: pace(0.2, 200, doubles=True)),
+    "pace-0.1": ("a new image every 0.1 s", lambda script: pace(script, 0.1, 300)),
+    "pace-0.3": ("a new image every 0.3 s", lambda script: pace(script, 0.3, 120)),
+    "pace-1": ("a new image every 1 s", lambda script: pace(script, 1.0, 50)),
+    "pace-double": ("a period of 0.2 s that doubles half-way", lambda script: pace(script, 0.2, 200, doubles=True)),
     "latency": ("a new image every request, latency 200 ms, --max-rate 0", latency),
     "speed": ("a new image every request, 1024 px, latency 0, --max-rate 0", speed),
     "faults": ("15% faults of every kind, 400 wanted", faults),
@@ -195,19 +196,27 @@ ROWS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default all")
-    wanted = parser.parse_args().rows or list(ROWS)
+    parser.add_argument("--script", type=Path, help="another version of download_images.py, to compare with this one")
+    args = parser.parse_args()
+    scripts, wanted = [ROOT / "download_images.py"], args.rows or list(ROWS)
+    if args.script:
+        scripts.insert(0, args.script)
+        if not args.script.is_file():
+            parser.error(f"--script {args.script} is not a file")
     if unknown := set(wanted) - set(ROWS):
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     os.environ["no_proxy"] = "127.0.0.1"
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < 4e9:
         parser.error(f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free; the rows need 4 GB")
-    print("| row | case | figure | seconds |\n| --- | --- | --- | --- |", flush=True)
+    print("| row | case | script | figure | seconds |\n| --- | --- | --- | --- | --- |", flush=True)
     for row in wanted:
         case, measure = ROWS[row]
-        started = time.monotonic()
-        figure = measure()
-        print(f"| {row} | {case} | {figure} | {time.monotonic() - started:.0f} |", flush=True)
+        for script in scripts:
+            started = time.monotonic()
+            figure = measure(script)
+            seconds = time.monotonic() - started
+            print(f"| {row} | {case} | {script.name} | {figure} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
