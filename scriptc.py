@@ -95,7 +95,7 @@ def build_parser():
         help="width at each resolution, from the full one down (default: by device and image size)")
     add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000, help="diffusion steps (default: 1000)")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", metavar="N", type=count, default=128, help="images per step, all processes (default: 128)")
+    add("--batch-size", metavar="N", type=count, default=64, help="images per step, all processes (default: 64)")
     add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no other limit is given)")
     add("--minutes", metavar="M", type=minutes, help="time for the run, start-up included (default: no limit; demo 5)")
     add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
@@ -104,7 +104,7 @@ def build_parser():
     add("--save-minutes", metavar="M", type=minutes, default=10, help="between two checkpoints (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=count, help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=count, default=30, help="network evaluations per image (default: 30)")
+    add("--sample-steps", metavar="K", type=count, default=20, help="network evaluations per image (default: 20)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto, by hardware")
@@ -428,7 +428,6 @@ class Progress:
     images_seen: int = 0
     images_in_epoch: int = 0  # those of images_seen that belong to the current epoch
     losses: list = dataclasses.field(default_factory=lambda: [0.0, 0.0])  # sum and number of this epoch's batch errors
-    lr: float = 0.0  # of the last step
     seconds: float = 0.0  # of all starts together, start-up included
     first_step: float = 0.0  # `seconds` at the first step
     history: list = dataclasses.field(default_factory=list)  # rows of metrics.csv
@@ -600,9 +599,9 @@ def training_step(run, rows, part):
     finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
     for weight in run.weights:
         weight.grad = torch.where(finite, weight.grad, 0)
-    run.at.lr = run.args.lr * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
+    rate = run.args.lr * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
     for optimizer in run.optimizers.values():
-        optimizer.param_groups[0]["lr"].copy_(run.at.lr * finite)
+        optimizer.param_groups[0]["lr"].copy_(rate * finite)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -665,7 +664,8 @@ def end_epoch(run, at_end, stop):
     at, args, begun = run.at, run.args, time.time()
     if RANK == 0 and at.images_in_epoch:
         loss, heldout, speed = (run.losses[0] / run.losses[1]).item(), heldout_loss(run), run.images_per_second()
-        at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, at.lr, speed, run.seconds()])
+        rate = run.optimizers["adam"].param_groups[0]["lr"].item()
+        at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, rate, speed, run.seconds()])
         say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f}, {speed:.0f} images/s, "
             f"{run.seconds_left() / 60:.1f} minutes left")
         errors = [row[4] for row in at.history]
