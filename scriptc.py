@@ -532,6 +532,11 @@ def build_optimizers(model, lr, device):
             "adam": torch.optim.Adam(others, torch.tensor(lr, device=device), betas=(0.9, 0.99), fused=True)}
 
 
+def learning_rate(highest, part):
+    """The learning rate when the part `part` (0 to 1) of the run is done."""
+    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
+
+
 def random_draws(run, count):
     """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device.
 
@@ -599,9 +604,8 @@ def training_step(run, rows, part):
     finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
     for weight in run.weights:
         weight.grad = torch.where(finite, weight.grad, 0)
-    rate = run.args.lr * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
     for optimizer in run.optimizers.values():
-        optimizer.param_groups[0]["lr"].copy_(rate * finite)
+        optimizer.param_groups[0]["lr"].copy_(learning_rate(run.args.lr, part) * finite)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -1308,17 +1312,18 @@ def run_command(argv):
     args.channels = args.channels or default_channels(device, args.image_size)
     if args.sample:
         return draw_samples(args, device)
-    if saved and saved["finished"] and all(vars(args)[name] == saved["config"][name] for name in LIMITS):
-        say(f"This run is finished: {saved['epoch']} epochs, {saved['step']} steps. A "
-            "larger --epochs, --minutes or --max-steps resumes it, --sample 64 draws faces, "
-            f"{args.begin_anew} begins a new run.")
-        return 0
     if args.demo:
         from fake_face.draw_faces import fill_folder
 
         with rank_0_first():
             fill_folder(args.dataroot, DEMO_IMAGES, args.image_size)
     run = Run(args, device, saved)
+    same_limits = saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
+    if saved and saved["finished"] and (same_limits or run.part_done() >= 1):
+        say(f"This run is finished: {saved['epoch']} epochs, {saved['step']} steps. A "
+            "larger --epochs, --minutes or --max-steps resumes it, --sample 64 draws faces, "
+            f"{args.begin_anew} begins a new run.")
+        return 0
     begin(run)
     return train(run)
 
