@@ -25,6 +25,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import pathlib
 import secrets
@@ -44,7 +45,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -480,15 +480,17 @@ class Run:
             self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
         self.drawing = self.evaluation = 0.0  # seconds spent on pictures; seconds to evaluate one image
-        self.begun, self.begun_seen = time.time(), at.images_seen  # of this start
-        self.looked, self.said = 0.0, self.begun  # times of the last look at the loss and line of a log file
+        self.begun = self.epoch_begun = time.time()  # of this start
+        self.epoch_seen, self.looked, self.said, self.status = at.images_seen, 0.0, 0.0, ""
 
     def seconds(self):
         """Seconds of all starts of this run together."""
         return self.at.seconds + time.time() - START
 
     def images_per_second(self):
-        return (self.at.images_seen - self.begun_seen) / max(time.time() - self.begun, 1e-9)
+        """Training images a second in this epoch, or in the whole run as long as this start has done none of it."""
+        seen = self.at.images_seen - self.epoch_seen
+        return seen / (time.time() - self.epoch_begun) if seen else self.at.images_seen / self.seconds()
 
     def part_done(self):
         """The part of the run that is done, 0 to 1, by steps or by the clock, which counts from the first step on."""
@@ -519,7 +521,7 @@ class Run:
         state = {**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
                  "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
                  "config": {name: vars(self.args)[name] for name in STORED}}
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        return snapshot(state)
 
 
 def build_optimizers(model, lr, device):
@@ -648,30 +650,27 @@ def is_overfitting(errors):
 
 def report_step(run, bar, count):
     """Show a step of `count` images. Reads from the device only now and then, since that waits for it."""
-    bar.update(count)
-    if time.time() - run.looked < LOOK_SECONDS:
-        return
-    run.looked = time.time()
-    status = f"loss {run.losses[0] / run.losses[1]:.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
-    bar.set_postfix_str(status, refresh=False)
-    if bar.disable and run.looked - run.said > LOG_SECONDS:
-        run.said = run.looked
-        say(f"epoch {run.at.epoch + 1}: {run.at.images_in_epoch:,} of {len(run.train_rows):,} images, {status}")
-    warn_if_not_written(write_page, run.args.results, run, "training")
-    if run.bad_steps >= BAD_STEPS:
-        raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the checkpoint "
-                        "with a lower --lr or with --precision fp32")
+    if time.time() - run.looked > LOOK_SECONDS:
+        run.looked = time.time()
+        run.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
+        warn_if_not_written(write_page, run.args.results, run, "training")
+        if run.bad_steps >= BAD_STEPS:
+            raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
+                            "checkpoint with a lower --lr or with --precision fp32")
+    bar.update(count, run.status)
 
 
 def end_epoch(run, at_end, stop):
     """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends."""
     at, args, begun = run.at, run.args, time.time()
     if RANK == 0 and at.images_in_epoch:
-        loss, heldout, speed = (run.losses[0] / run.losses[1]).item(), heldout_loss(run), run.images_per_second()
+        loss, speed, heldout = (run.losses[0] / run.losses[1]).item(), run.images_per_second(), heldout_loss(run)
         rate = run.optimizers["adam"].param_groups[0]["lr"].item()
         at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, rate, speed, run.seconds()])
-        say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f}, {speed:.0f} images/s, "
-            f"{run.seconds_left() / 60:.1f} minutes left")
+        if at_end or begun - run.said > 10:
+            run.said = begun
+            say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f}, "
+                f"{speed:.0f} images/s, {run.seconds_left() / 60:.1f} minutes left")
         errors = [row[4] for row in at.history]
         if is_overfitting(errors) and not is_overfitting(errors[:-1]):
             say("overfit   the held-out error rises: the network begins to repeat its images. More images help, or "
@@ -696,7 +695,8 @@ def train(run):
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the run, the second ends the program at once
         signal.signal(number, lambda *_: os._exit(130) if stop else stop.append(True))
     while not (at_end or stopped):
-        bar = Bar(desc=f"epoch {at.epoch + 1}", total=len(run.train_rows), initial=at.images_in_epoch)
+        bar = Bar(f"epoch {at.epoch + 1}", len(run.train_rows), at.images_in_epoch)
+        run.epoch_begun, run.epoch_seen = time.time(), at.images_seen
         for rows in batches_left(run):
             part, stopped = broadcast(run.part_done(), bool(stop))
             if stopped or part >= 1 and at.step:
@@ -782,7 +782,7 @@ def open_cache(path, size, files):
         if not (path.is_file() and index_path.is_file() and index_path.stat().st_size < most):
             return {}, None
         saved = json.loads(index_path.read_text(encoding="utf-8"))
-        index = {(str(name), int(length), int(time)): str(reason) for name, length, time, reason in saved["files"]}
+        index = {(str(name), int(length), int(ns)): str(reason) for name, length, ns, reason in saved["files"]}
         shape = (sum(not reason for reason in index.values()), size, size, 3)
         with open(path, "rb") as file:
             file.seek(math.prod(shape))
@@ -802,7 +802,7 @@ def write_cache(path, size, root, files, index, pixels):
             return (pixels[rows[file]] if file in rows else None), index[file]
         return decode(os.path.join(root, file[0]), size)
 
-    written, token, bar = [], secrets.token_hex(8), Bar(desc=f"reading images at {size} px", total=len(files))
+    written, token, bar = [], secrets.token_hex(8), Bar(f"reading images at {size} px", len(files))
     with replacing(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
         with contextlib.suppress(KeyboardInterrupt):  # the next start goes on from what is done
@@ -855,13 +855,18 @@ class Faces:
     """The cached pixels as batches on a device. They stay on a card if they take less than a quarter of its memory."""
 
     def __init__(self, pixels, device):
-        self.device, self.pixels = device, torch.from_numpy(pixels)
+        self.device, self.mapped, self.pixels = device, getattr(pixels, "_mmap", None), torch.from_numpy(pixels)
         if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels = self.pixels.to(device)
 
     def batch(self, rows, flip=None):
         """Images x_0 (B, 3, S, S) in [-1, 1] of `rows` (B,), mirrored where `flip` (B,) is True."""
-        images = self.pixels[rows.to(self.pixels.device)].to(self.device)
+        images, on_cuda = self.pixels[rows.to(self.pixels.device)], self.device.type == "cuda"
+        if hasattr(self.mapped, "madvise"):  # what was read stays in the system's page cache, but not in our memory
+            self.mapped.madvise(mmap.MADV_DONTNEED)
+        if on_cuda and images.device.type == "cpu":
+            images = images.pin_memory()
+        images = images.to(self.device, non_blocking=on_cuda)  # not on MPS: the source could be freed too early
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
         return to_x_0(images).contiguous(memory_format=memory_format(self.device))
@@ -1020,6 +1025,15 @@ def previous_path(path):
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def snapshot(state):
+    """A copy of a nested state on the CPU, which training does not change any more."""
+    if isinstance(state, dict):
+        return {name: snapshot(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [snapshot(value) for value in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+
+
 def save_checkpoint(path, state):
     """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before. OSError or
     RuntimeError where that fails, UserError where a weight is not finite: the file at `path` then stays."""
@@ -1029,8 +1043,8 @@ def save_checkpoint(path, state):
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-        if path.exists():  # a copy, so that there is a checkpoint at `path` at every moment
-            shutil.copyfile(path, previous_path(path))
+        if path.exists():  # at every moment there is a whole one under one of the two names
+            os.replace(path, previous_path(path))
 
 
 def read_checkpoint(path):
@@ -1195,8 +1209,21 @@ def say(line):
         tqdm.write(printable(line))
 
 
-# A progress bar where the output is a terminal
-Bar = functools.partial(tqdm, unit="img", leave=False, disable=RANK > 0 or None)
+class Bar:
+    """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only for rank 0."""
+
+    def __init__(self, title, total, done=0):
+        self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False, disable=RANK > 0 or None)
+        self.title, self.total, self.done, self.said, self.close = title, total, done, time.time(), self.bar.close
+
+    def update(self, count, status=""):
+        """`count` more images are done; `status` is shown beside them."""
+        self.done += count
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.time() - self.said > LOG_SECONDS:
+            self.said = time.time()
+            say(f"{self.title}: {self.done:,} of {self.total:,} images{status and ', '}{status}")
 
 
 def warn_if_not_written(write, *arguments):
@@ -1217,7 +1244,9 @@ def lock(path):
     except BlockingIOError:
         raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
     except (ImportError, OSError):  # Windows, or a network drive that has no locks
-        pass
+        return file
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+        left_over.unlink()
     return file
 
 
@@ -1272,7 +1301,7 @@ def draw_samples(args, device):
         for old in folder.glob("sample_*.png") if RANK == 0 else ():
             old.unlink()
     precision = choose_precision(args.precision, device)
-    bar = Bar(desc="drawing", total=math.ceil(args.sample / PROCESSES))
+    bar = Bar("drawing", math.ceil(args.sample / PROCESSES))
     for first in range(64 * RANK, args.sample, 64 * PROCESSES):
         images = draw(model, min(64, args.sample - first), first=first, steps=args.sample_steps, seed=args.seed,
                       precision=precision)
@@ -1340,7 +1369,7 @@ def main(argv=None):
             join_processes()
         return run_command(argv)
     except UserError as error:
-        message = error
+        message = str(error)  # not the exception, which would keep the lock open
     except KeyboardInterrupt:
         status, message = 130, "stopped"
     except OSError as error:

@@ -50,7 +50,7 @@ def test_data_noise_and_timesteps_of_a_step_are_on_the_card(fake_cuda):
                                 at=types.SimpleNamespace(step=0), cumulative_density=torch.ones(1000, device=CUDA))
     flip, t, noise = scriptc.random_draws(run, 8)
     faces = scriptc.Faces.__new__(scriptc.Faces)
-    faces.device, faces.mapped = CUDA, types.SimpleNamespace(_mmap=None)
+    faces.device, faces.mapped = CUDA, None
     faces.pixels = torch.zeros(10, 32, 32, 3, dtype=torch.uint8, device=CUDA)
     x_0 = faces.batch(torch.arange(8, device=CUDA), flip)
     x_t, _ = scriptc.forward_diffusion(x_0, t, fake_cuda.alphas_cumprod, noise)
@@ -81,12 +81,8 @@ def test_images_are_copied_to_an_apple_gpu_before_their_memory_is_freed(monkeypa
         copies.append(options)
         return real_to(self, "cpu")
 
-    faces = scriptc.Faces(torch.zeros(10, 16, 16, 3, dtype=torch.uint8).numpy().view(Mapped), torch.device("mps"))
+    faces = scriptc.Faces(torch.zeros(10, 16, 16, 3, dtype=torch.uint8).numpy(), torch.device("mps"))
     monkeypatch.setattr(torch.Tensor, "to", to)
     x_0 = faces.batch(torch.arange(4))
     assert copies and not any(options.get("non_blocking") for options in copies)
     assert x_0.is_contiguous()  # and not channels_last, which is slow there
-
-
-class Mapped(scriptc.np.ndarray):
-    _mmap = None

@@ -43,7 +43,7 @@ def run(folder, *flags):
 
 def here(folder, *flags):
     """The same within this process, which saves the imports; the exit status."""
-    return here(folder, *flags)
+    return scriptc.main(command(folder, *flags)[2:])
 
 
 def refused(folder, *flags):
@@ -190,9 +190,9 @@ def test_more_epochs_go_on_with_the_settings_of_the_checkpoint(trained, tmp_path
 
 
 @pytest.mark.parametrize("number, precision", [
-    (signal.SIGINT, "fp32"), (signal.SIGTERM, "bf16"), (signal.SIGKILL, "fp32"), (signal.SIGKILL, "bf16")])
+    (signal.SIGINT, "bf16"), (signal.SIGTERM, "fp32"), (signal.SIGKILL, "fp32")])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, precision):
-    flags = [*SMALL, "--batch-size", "64", "--epochs", "40", "--precision", precision, "--save-minutes", "0.001"]
+    flags = [*SMALL, "--batch-size", "64", "--epochs", "30", "--precision", precision, "--save-minutes", "0.001"]
     whole = folder / "undisturbed"
     shutil.copytree(folder / "faces", whole / "faces")
     assert here(whole, *flags) == 0
@@ -215,7 +215,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, preci
     assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "epoch", "step", "images_seen"))
     timeless = [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in table(folder)]
     assert timeless == [{key: row[key] for key in timeless[0]} for row in table(whole)]
-    grid = f"results/epoch_40_step_{one['step']}.png"
+    grid = f"results/epoch_30_step_{one['step']}.png"
     assert (folder / grid).read_bytes() == (whole / grid).read_bytes()
 
 
