@@ -42,8 +42,8 @@ LONGEST_RETRY_AFTER = 600.0  # seconds; the site may ask for more
 GIVE_UP_AFTER = 120.0  # seconds of transient errors in a run that has received no image at all
 LEFTOVER_AGE = 3600.0  # seconds; no run takes that long to write one temporary file
 LINE_EVERY, TICK = 30.0, 0.2  # seconds between lines of text; between updates of the bar and checks of deadlines
-FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
-IMAGE_SUFFIXES = {*FORMATS.values(), ".jpeg", ".tiff"}
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+IMAGE_SUFFIXES = {*FORMATS.values(), ".jpeg"}
 AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"
 HEADERS = {"User-Agent": AGENT, "Accept": "image/jpeg,image/png,image/*;q=0.8"}
 HEADERS |= {"Accept-Encoding": "identity", "Cache-Control": "no-cache"}
@@ -384,17 +384,17 @@ def download(folder, args, display):
 # --------------------------------------------------------------------------------------------------------- the command
 def parse_args(argv):
     """The settings. Bad arguments end the program with status 2 and a sentence."""
-    about = "Download different face images until the folder holds enough."
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Download different face images until the folder holds enough.")
     faces, site = Path(__file__).resolve().parent / "fake_face" / "faces", "https://thispersondoesnotexist.com/"
-    add = parser.add_argument
-    add("--count", type=int, default=50000, metavar="N", help="how many good images to stop at")
-    add("--out", type=Path, default=faces, metavar="DIR", help="where images go; created if missing")
-    add("--url", default=site, help="any address that answers with an image")
-    add("--workers", type=int, default=16, metavar="N", help="the most requests in flight")
-    add("--max-rate", type=float, default=20, metavar="R", help="the most requests a second; 0: no limit")
-    add("--size", type=int, metavar="PX", help="store PX x PX JPEGs, not what was served")
-    add("--timeout", type=float, default=15, metavar="S", help="seconds that a request may take")
+    add = parser.add_argument_group("images").add_argument
+    add("--count", type=int, default=50000, metavar="N", help="good images to stop at (default: 50000)")
+    add("--out", type=Path, default=faces, metavar="DIR", help="folder (default: fake_face/faces beside the script)")
+    add("--size", type=int, metavar="PX", help="store JPEGs of PX x PX pixels (default: what was served)")
+    add = parser.add_argument_group("requests").add_argument
+    add("--url", default=site, help="any address that answers with an image (default: %(default)s)")
+    add("--workers", type=int, default=16, metavar="N", help="the most requests in flight (default: 16)")
+    add("--max-rate", type=float, default=20, metavar="R", help="the most requests a second; 0: no limit (default: 20)")
+    add("--timeout", type=float, default=15, metavar="S", help="seconds that a request may take (default: 15)")
     args = parser.parse_args(argv)
     ranges = {"count": (1, 1e9), "workers": (1, 256), "max-rate": (0, 1e9), "size": (16, 4096), "timeout": (0.01, 1e6)}
     for name, (low, high) in ranges.items():

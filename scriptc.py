@@ -576,11 +576,13 @@ def accumulate_gradients(run, rows):
     small for a micro-batch, its size is halved and the same step repeated.
     """
     begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
+    batch = len(rows) if end > begin else math.inf  # a process without an image takes part with one that does not count
+    end = max(end, begin + 1)
     share = [values[begin:end] for values in (rows, *random_draws(run, len(rows)))]
     while True:
-        count = max(1, math.ceil((end - begin) / run.micro_batch), min(run.cores, (end - begin) // IMAGES_PER_CORE))
+        count = max(math.ceil((end - begin) / run.micro_batch), min(run.cores, (end - begin) // IMAGES_PER_CORE))
         parts, error = [values.tensor_split(count) for values in share], torch.zeros((), device=run.device)
-        compute, is_last = functools.partial(backward, run, len(rows)), [False] * (count - 1) + [True]
+        compute, is_last = functools.partial(backward, run, batch), [False] * (count - 1) + [True]
         run_all = run.pool.map if min(count, run.cores) > 1 else map
         try:
             for loss, gradients in run_all(compute, *parts, is_last):  # in this order, so that a run repeats to the bit
@@ -913,8 +915,7 @@ def draw_pictures(run, steps, stop):
         stages.append((x_t[:4].cpu(), x_0[:4].cpu()))
         return stop
 
-    images = draw(run.ema, 64, run.micro_batch, steps=steps, seed=run.args.seed, precision=run.precision,
-                  on_step=on_step)
+    images = draw(run.ema, 64, steps=steps, seed=run.args.seed, precision=run.precision, on_step=on_step)
     if not stop:
         save_grid(images, folder / "epoch_{}_step_{}.png".format(*history[-1]))
         save_denoising([*stages[:steps], (images[:4], images[:4])], folder / "denoising.png")

@@ -413,6 +413,12 @@ def test_two_processes_learn_what_one_does(folder):
     assert len(drawn) == 70 and np.abs(drawn[69] - np.asarray(scriptc.to_image(alone[0]))).max() <= 1
 
 
+def test_a_process_without_an_image_of_a_small_batch_takes_part(folder):
+    flags = [*SMALL, "--batch-size", 1, "--max-steps", 3]
+    done = subprocess.run([*TWO_PROCESSES, *command(folder, *flags)[1:]], capture_output=True, text=True)
+    assert done.returncode == 0 and [row["step"] for row in table(folder)] == ["3"], done.stderr
+
+
 def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
     flags = [*SMALL, "--epochs", 60, "--save-minutes", "0.001"]
     group = subprocess.Popen([*TWO_PROCESSES, "--max-restarts=3", *command(folder, *flags)[1:]], stdout=subprocess.PIPE,
