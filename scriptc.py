@@ -352,7 +352,8 @@ def autocast(device, precision):
 
 
 def memory_format(device):
-    """The layout of images and weights that convolutions of `device` are fastest in."""
+    """The layout of images and weights for `device`: channels last, except on Apple GPUs, where that is slow (pytorch
+    issues 193349 and 193623)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
