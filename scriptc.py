@@ -986,7 +986,7 @@ def save_curve(history, path):
     table = dict(zip(COLUMNS, zip(*history, strict=True), strict=True))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images, averaged weights")):
+    for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images, uniform timesteps")):
         axes.plot(table["images_seen"], table[name], label=label, marker="." if len(history) < 30 else None)
     lowest, median = min(table["train_loss"] + table["heldout_loss"]), sorted(table["train_loss"])[len(history) // 2]
     axes.set(xlabel="images seen", ylabel="L1 error of the predicted noise", xlim=(0, None),
