@@ -1004,8 +1004,9 @@ def write_page(folder, run=None, status=None):
     data, path = {}, folder / "run.js"
     if run:
         rows = run.at.history
+        speed = run.images_per_second() if status == "training" or not rows else rows[-1][6]
         data = {"state": status, "progress": run.part_done(), "seconds": run.seconds(), "columns": COLUMNS,
-                "seconds_left": run.seconds_left(), "images_per_second": run.images_per_second(), "settings": run.about,
+                "seconds_left": run.seconds_left(), "images_per_second": speed, "settings": run.about,
                 "history": rows[::-math.ceil(len(rows) / 1000) or -1][::-1], "grids": grids(folder, rows),
                 "grid": {"side": run.args.image_size, "padding": 2, "per_row": 8, "count": 64}}
     elif path.exists():
