@@ -97,7 +97,8 @@ def build_parser():
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", metavar="N", type=count, default=64, help="images per step, all processes (default: 64)")
     add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no other limit is given)")
-    add("--minutes", metavar="M", type=minutes, help="time for the run, start-up included (default: no limit; demo 5)")
+    add("--minutes", metavar="M", type=minutes,
+        help=f"time for the run, start-up included (default: no limit, with --demo {DEMO_MINUTES})")
     add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
     add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3, help="highest learning rate (default: 0.008)")
     add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="of all random numbers (default: 0)")
@@ -734,7 +735,7 @@ HELDOUT_ONE_IN = 20
 
 
 def read_image(path, size):
-    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Raises anything."""
+    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Pillow's errors."""
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"claims {image.width} x {image.height} pixels")
