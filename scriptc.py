@@ -25,7 +25,6 @@ import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import pathlib
 import secrets
@@ -145,7 +144,7 @@ def default_channels(device, image_size):
     """Default width of the network at each resolution: small enough for a CPU to draw faces within minutes."""
     if device.type == "cuda":
         return [64, 128, 256, 512]
-    return [32, 64, 64, 256] if image_size <= 32 else [32, 32, 64, 192]
+    return [16, 64, 64, 192] if image_size <= 32 else [32, 32, 64, 192]
 
 
 # --------------------------------------------------------------------------------------------------------- method ----
@@ -363,8 +362,8 @@ def memory_format(device):
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
-CPU_PIXELS = 128 * 64**2  # most pixels of a micro-batch on a CPU, which would swap rather than run out of memory
-IMAGES_PER_CORE = 32  # with fewer images for each core, all cores together are faster
+CPU_PIXELS = 16 * 64**2  # of a micro-batch on a CPU: larger ones leave its caches (ABLATIONS.md)
+LEAST_PER_CORE = 8  # images of a micro-batch; with fewer, several cores compute one micro-batch together
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
@@ -383,8 +382,9 @@ def orthogonalize(x):
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    gram = x @ x.mT
+    norm = (gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7)[:, None, None]
+    gram, product = gram / norm**2, torch.eye(x.shape[1], device=x.device) / norm
     for a, b, c in NEWTON_SCHULZ:
         polynomial = b * gram + c * gram @ gram
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
@@ -412,13 +412,29 @@ class Muon(torch.optim.Optimizer):
         for weight in self.param_groups[0]["params"]:
             groups.setdefault(weight.shape, []).append(weight)
         for weights in groups.values():
-            kernels, matrices = [weight.permute(0, 2, 3, 1) for weight in weights], []  # in the order of the memory
+            matrices = []
             for weight in weights:
                 momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-                matrices.append(weight.grad.lerp(momentum, MOMENTUM).permute(0, 2, 3, 1).flatten(1))
+                matrices.append(weight.grad.lerp(momentum, MOMENTUM).permute(0, 2, 3, 1).flatten(1))  # as in memory
             rate = 0.2 * math.sqrt(max(matrices[0].shape)) * self.param_groups[0]["lr"]
-            for kernel, update in zip(kernels, orthogonalize(torch.stack(matrices)) * -rate):
-                kernel.add_(update.reshape(kernel.shape))
+            for weight, update in zip(weights, orthogonalize(torch.stack(matrices)) * -rate):
+                kernel = weight.permute(0, 2, 3, 1)
+                kernel.add_(update.view(kernel.shape))
+
+
+def build_optimizers(model, lr, device):
+    """Muon for convolution kernels, Adam for all other weights and for the first and last layer, which meet pixels. The
+    learning rate is a tensor on the device, so that a step can change it without waiting for the device."""
+    plain = {*model.first.parameters(), *model.last.parameters()}
+    kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
+    others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
+    return {"muon": Muon(kernels, torch.tensor(lr, device=device)),
+            "adam": torch.optim.Adam(others, torch.tensor(lr, device=device), betas=(0.9, 0.99), fused=True)}
+
+
+def learning_rate(highest, part):
+    """The learning rate when the part `part` (0 to 1) of the run is done."""
+    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
 
 
 @dataclasses.dataclass
@@ -474,16 +490,17 @@ class Run:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(saved["optimizer"][name])
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
-
-        self.cores = torch.get_num_threads() if device.type == "cpu" and PROCESSES == 1 else 1
-        self.pool = ThreadPoolExecutor(self.cores, initializer=torch.set_num_threads, initargs=[1])
-        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # images that go through the network at once
-        if device.type == "cpu":
-            self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
-        self.drawing = self.evaluation = 0.0  # seconds spent on pictures; seconds to evaluate one image
-        self.begun = self.epoch_begun = time.time()  # of this start
-        self.epoch_seen, self.looked, self.said, self.status = at.images_seen, 0.0, 0.0, ""
+
+        self.micro_batch, self.workers = math.ceil(args.batch_size / PROCESSES), 1  # images at once in each worker
+        if device.type == "cpu":
+            cores = torch.get_num_threads()
+            self.workers = max(1, min(cores, self.micro_batch // LEAST_PER_CORE)) if PROCESSES == 1 else 1
+            self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
+            self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads,
+                                           initargs=[max(1, cores // self.workers)])
+        self.epoch_begun, self.epoch_seen = time.time(), at.images_seen
+        self.next_drawing = self.said = 0.0  # times
 
     def seconds(self):
         """Seconds of all starts of this run together."""
@@ -502,7 +519,8 @@ class Run:
                                       + (epochs_left - 1) * math.ceil(images / args.batch_size))
         part = at.step / min(at.step + steps_left, args.max_steps or math.inf)
         if args.minutes and at.step:
-            rest = 1.2 * (self.pictures_seconds(args.sample_steps) + self.saver.cost) + 1  # after the last step
+            evaluations = len(self.heldout_rows) + 64 * args.sample_steps  # after the last step, each a third as long
+            rest = 0.4 * evaluations / self.images_per_second() + 1.2 * self.saver.cost + 3
             budget = 60 * args.minutes - min(rest, 20 * args.minutes) - at.first_step
             part = max(part, (self.seconds() - at.first_step) / max(budget, 0.1))
         return min(part, 1.0)
@@ -510,35 +528,13 @@ class Run:
     def seconds_left(self):
         return (self.seconds() - self.at.first_step) * (1 / max(self.part_done(), 1e-6) - 1)
 
-    def pictures_seconds(self, steps):
-        """An estimate of the time for held-out error and pictures with `steps` evaluations for each image."""
-        speed = 3 * self.images_per_second()  # of evaluations: forward and backward are about three
-        evaluation = self.evaluation or speed and 1 / speed  # 0 before the first step
-        return (len(self.heldout_rows) + 64 * steps) * evaluation + 2
-
     def state(self, finished=False):
         """What a checkpoint holds, as a copy on the CPU, which training does not change any more."""
         progress = dataclasses.asdict(self.at) | {"seconds": self.seconds(), "losses": self.losses.tolist()}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        state = {**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
-                 "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
-                 "config": {name: vars(self.args)[name] for name in STORED}}
-        return snapshot(state)
-
-
-def build_optimizers(model, lr, device):
-    """Muon for convolution kernels, Adam for all other weights and for the first and last layer, which meet pixels. The
-    learning rate is a tensor on the device, so that a step can change it without waiting for the device."""
-    plain = {*model.first.parameters(), *model.last.parameters()}
-    kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
-    others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
-    return {"muon": Muon(kernels, torch.tensor(lr, device=device)),
-            "adam": torch.optim.Adam(others, torch.tensor(lr, device=device), betas=(0.9, 0.99), fused=True)}
-
-
-def learning_rate(highest, part):
-    """The learning rate when the part `part` (0 to 1) of the run is done."""
-    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
+        return snapshot({**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
+                         "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
+                         "config": {name: vars(self.args)[name] for name in STORED}})
 
 
 def random_draws(run, count):
@@ -582,12 +578,11 @@ def accumulate_gradients(run, rows):
     end = max(end, begin + 1)
     share = [values[begin:end] for values in (rows, *random_draws(run, len(rows)))]
     while True:
-        count = max(math.ceil((end - begin) / run.micro_batch), min(run.cores, (end - begin) // IMAGES_PER_CORE))
+        count = min(end - begin, run.workers * math.ceil((end - begin) / (run.workers * run.micro_batch)))
         parts, error = [values.tensor_split(count) for values in share], torch.zeros((), device=run.device)
         compute, is_last = functools.partial(backward, run, batch), [False] * (count - 1) + [True]
-        run_all = run.pool.map if min(count, run.cores) > 1 else map
-        try:
-            for loss, gradients in run_all(compute, *parts, is_last):  # in this order, so that a run repeats to the bit
+        try:  # in this order, so that a run repeats to the bit
+            for loss, gradients in (run.pool.map if run.workers > 1 else map)(compute, *parts, is_last):
                 error += loss
                 for weight, gradient in zip(run.weights, gradients):
                     weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
@@ -628,7 +623,7 @@ def training_step(run, rows, part):
 def heldout_loss(run):
     """Mean L1 error of the averaged network on held-out images, for uniform timesteps and noise that never change, so
     that runs of any timestep density can be compared."""
-    count, errors = len(run.heldout_rows), []
+    count, error = len(run.heldout_rows), 0.0
     timesteps = ((torch.arange(count) + 0.5) / count * run.args.timesteps).long().to(run.device)
     for numbers in torch.arange(count).split(run.micro_batch):
         streams = [generator("held-out", number, device=run.device) for number in numbers.tolist()]
@@ -636,8 +631,8 @@ def heldout_loss(run):
         x_t, noise = forward_diffusion(x_0, t, run.model.alphas_cumprod, randn(streams, run.args.image_size))
         with autocast(run.device, run.precision):
             predicted = run.ema(x_t, t)
-        errors.append(F.l1_loss(predicted.float(), noise, reduction="sum").item() / noise[0].numel())
-    return sum(errors) / count
+        error += F.l1_loss(predicted.float(), noise).item() * len(numbers) / count
+    return error
 
 
 def batches_left(run):
@@ -647,55 +642,28 @@ def batches_left(run):
     return rest.tensor_split(math.ceil(len(rest) / run.args.batch_size)) if len(rest) else ()
 
 
-def is_overfitting(errors):
-    """Whether the held-out errors of the last three epochs are all 3% above the lowest."""
-    return len(errors) > 3 and min(errors[-3:]) > 1.03 * min(errors)
-
-
-def report_step(run, bar, count):
-    """Show a step of `count` images. Reads from the device only now and then, since that waits for it."""
-    if time.time() - run.looked > LOOK_SECONDS:
-        run.looked = time.time()
-        run.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
-        warn_if_not_written(write_page, run.args.results, run, "training")
-        if run.bad_steps >= BAD_STEPS:
-            raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
-                            "checkpoint with a lower --lr or with --precision fp32")
-    bar.update(count, run.status)
-
-
 def end_epoch(run, at_end, stop):
     """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends."""
     at, args, begun = run.at, run.args, time.time()
-    if RANK == 0 and at.images_in_epoch:
+    if at.images_in_epoch:
         loss, speed, heldout = (run.losses[0] / run.losses[1]).item(), run.images_per_second(), heldout_loss(run)
         rate = run.optimizers["adam"].param_groups[0]["lr"].item()
         at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, rate, speed, run.seconds()])
         if at_end or begun - run.said > 10:
             run.said = begun
-            say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f}, "
-                f"{speed:.0f} images/s, {run.seconds_left() / 60:.1f} minutes left")
-        errors = [row[4] for row in at.history]
-        if is_overfitting(errors) and not is_overfitting(errors[:-1]):
-            say("overfit   the held-out error rises: the network begins to repeat its images. More images help, or "
-                "fewer --epochs or --minutes")
-    if at.images_in_epoch >= len(run.train_rows):
-        at.epoch, at.images_in_epoch = at.epoch + 1, 0
-        run.losses.zero_()
-    if RANK == 0:
-        with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
-            file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
-        steps = args.sample_steps if at_end else max(1, args.sample_steps // 2)
-        allowed = DRAWING_SHARE * (time.time() - run.begun) - run.drawing
-        if at.history and (at_end or run.pictures_seconds(steps) < allowed):
-            draw_pictures(run, steps, stop)
-            run.drawing += time.time() - begun
-            run.evaluation = (time.time() - begun) / (len(run.heldout_rows) + 64 * steps)
+            lowest, minutes = min(row[4] for row in at.history), run.seconds_left() / 60
+            say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f} (lowest {lowest:.4f})"
+                f", {speed:.0f} images/s, {minutes:.1f} minutes left")
+    with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
+        file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
+    if at.history and (at_end or begun > run.next_drawing):
+        draw_pictures(run, args.sample_steps if at_end else max(1, args.sample_steps // 2), stop)
+        run.next_drawing = time.time() + (time.time() - begun) / DRAWING_SHARE
 
 
 def train(run):
     """Train to the end of the run. Returns the exit status: 0 finished, 130 stopped by Ctrl-C or SIGTERM."""
-    at, args, stop, at_end, stopped = run.at, run.args, [], False, False
+    at, args, stop, at_end, stopped, looked = run.at, run.args, [], False, False, 0.0
     for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the run, the second ends the program at once
         signal.signal(number, lambda *_: os._exit(130) if stop else stop.append(True))
     while not (at_end or stopped):
@@ -709,20 +677,28 @@ def train(run):
             training_step(run, rows, part)
             if RANK == 0:
                 run.saver.save_if_due(run.state)  # writes in the background
-                report_step(run, bar, len(rows))
+                bar.update(len(rows))
+            if RANK == 0 and time.time() - looked > LOOK_SECONDS:  # not in each step, since it waits for the device
+                looked, left = time.time(), run.seconds_left() / 60
+                bar.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {left:.1f} minutes left in all"
+                warn_if_not_written(write_page, args.results, run, "training")
+                if run.bad_steps >= BAD_STEPS:
+                    raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume "
+                                    "the checkpoint with a lower --lr or with --precision fp32")
         bar.close()
         at_end, stopped = broadcast(run.part_done() >= 1, bool(stop))
-        if not stopped:
+        if RANK == 0 and not stopped:
             warn_if_not_written(end_epoch, run, at_end, stop)
+        if not stopped and at.images_in_epoch >= len(run.train_rows):
+            at.epoch, at.images_in_epoch = at.epoch + 1, 0
+            run.losses.zero_()
         stopped, = broadcast(bool(stop))  # a last grid that Ctrl-C cut short is drawn at the next start
     if RANK == 0:
         run.saver.save_last(run.state(finished=not stopped))
         warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
-    if stopped:
-        say(f"Stopped after {at.step} steps, checkpoint saved: the same command resumes the run.")
-        return 130
-    say(f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
-    return 0
+    say(f"Stopped after {at.step} steps, checkpoint saved: the same command resumes the run." if stopped else
+        f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
+    return 130 if stopped else 0
 
 
 # ----------------------------------------------------------------------------------------------------------- data ----
@@ -783,15 +759,14 @@ def open_cache(path, size, files):
     """
     try:
         index_path, most = path.with_name(path.name + ".json"), 10_000 + sum(6 * len(name) + 2000 for name, *_ in files)
-        if not (path.is_file() and index_path.is_file() and index_path.stat().st_size < most):
-            return {}, None
-        saved = json.loads(index_path.read_text(encoding="utf-8"))
-        index = {(str(name), int(length), int(ns)): str(reason) for name, length, ns, reason in saved["files"]}
-        shape = (sum(not reason for reason in index.values()), size, size, 3)
-        with open(path, "rb") as file:
-            file.seek(math.prod(shape))
-            if file.read(100) == saved["token"].encode():
-                return index, np.memmap(path, np.uint8, "c", shape=shape)
+        if path.is_file() and index_path.is_file() and index_path.stat().st_size < most:
+            saved = json.loads(index_path.read_text(encoding="utf-8"))
+            index = {(str(name), int(length), int(ns)): str(reason) for name, length, ns, reason in saved["files"]}
+            pixels = np.memmap(path, np.uint8, "c", shape=(sum(not reason for reason in index.values()), size, size, 3))
+            with open(path, "rb") as file:
+                file.seek(pixels.nbytes)
+                if file.read(100) == saved["token"].encode():
+                    return index, pixels
     except Exception:  # a damaged file can make the readers raise almost anything
         pass
     return {}, None
@@ -800,18 +775,15 @@ def open_cache(path, size, files):
 def write_cache(path, size, root, files, index, pixels):
     """Write the cache of `files`: copies what an older cache (index, pixels) has of them and decodes the rest."""
     rows = {file: row for row, file in enumerate(file for file, reason in index.items() if not reason)}
-
-    def read(file):
-        if file in index:
-            return (pixels[rows[file]] if file in rows else None), index[file]
-        return decode(os.path.join(root, file[0]), size)
-
     written, token, bar = [], secrets.token_hex(8), Bar(f"reading images at {size} px", len(files))
     with replacing(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
         with contextlib.suppress(KeyboardInterrupt):  # the next start goes on from what is done
-            for first in range(0, len(files), 256):  # not all at once, which would fill the memory
-                for file, (image, reason) in zip(files[first:], pool.map(read, files[first:first + 256])):
+            for some in (files[first:first + 256] for first in range(0, len(files), 256)):  # all would fill the memory
+                new = [file for file in some if file not in index]
+                decoded = dict(zip(new, pool.map(lambda file: decode(os.path.join(root, file[0]), size), new)))
+                for file in some:
+                    image, reason = decoded.get(file) or (pixels[rows[file]] if file in rows else None, index[file])
                     out.write(b"" if image is None else image.data)
                     written.append([*file, reason])
                     bar.update(1)
@@ -859,18 +831,13 @@ class Faces:
     """The cached pixels as batches on a device. They stay on a card if they take less than a quarter of its memory."""
 
     def __init__(self, pixels, device):
-        self.device, self.mapped, self.pixels = device, getattr(pixels, "_mmap", None), torch.from_numpy(pixels)
+        self.device, self.pixels = device, torch.from_numpy(pixels)
         if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
             self.pixels = self.pixels.to(device)
 
     def batch(self, rows, flip=None):
         """Images x_0 (B, 3, S, S) in [-1, 1] of `rows` (B,), mirrored where `flip` (B,) is True."""
-        images, on_cuda = self.pixels[rows.to(self.pixels.device)], self.device.type == "cuda"
-        if hasattr(self.mapped, "madvise"):  # what was read stays in the system's page cache, but not in our memory
-            self.mapped.madvise(mmap.MADV_DONTNEED)
-        if on_cuda and images.device.type == "cpu":
-            images = images.pin_memory()
-        images = images.to(self.device, non_blocking=on_cuda)  # not on MPS: the source could be freed too early
+        images = self.pixels[rows.to(self.pixels.device)].to(self.device)
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
         return to_x_0(images).contiguous(memory_format=memory_format(self.device))
@@ -977,14 +944,13 @@ def save_nearest(images, pixels, path):
         axes.axis("off")
         axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
         axes.set_title(f"{ratios[number]:.2f}", y=-0.25, fontsize=9)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    figure.savefig(path, dpi=120)
     return ratios
 
 
 def save_curve(history, path):
     """The loss curve: one point for each epoch, against images seen."""
-    table = dict(zip(COLUMNS, zip(*history, strict=True), strict=True))
+    table = dict(zip(COLUMNS, zip(*history)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images, uniform timesteps")):
@@ -1123,14 +1089,11 @@ class Saver:
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state):
-        """Write `state` and wait for it; UserError where that fails three times."""
+        """Write `state` and wait for it; UserError where that fails."""
         self.thread.shutdown()
-        for _ in range(3):
-            if self.write(state):
-                return
-            time.sleep(RETRY_SECONDS / 6)
-        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
-                        "disk, then the same command resumes the run")
+        if not self.write(state):
+            raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on "
+                            "the disk, then the same command resumes the run")
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing ----
@@ -1219,15 +1182,16 @@ class Bar:
     def __init__(self, title, total, done=0):
         self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False, disable=RANK > 0 or None)
         self.title, self.total, self.done, self.said, self.close = title, total, done, time.time(), self.bar.close
+        self.status = ""  # shown beside the number of images
 
-    def update(self, count, status=""):
-        """`count` more images are done; `status` is shown beside them."""
+    def update(self, count):
+        """`count` more images are done."""
         self.done += count
-        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.set_postfix_str(self.status, refresh=False)
         self.bar.update(count)
         if self.bar.disable and time.time() - self.said > LOG_SECONDS:
             self.said = time.time()
-            say(f"{self.title}: {self.done:,} of {self.total:,} images{status and ', '}{status}")
+            say(f"{self.title}: {self.done:,} of {self.total:,} images{self.status and ', '}{self.status}")
 
 
 def warn_if_not_written(write, *arguments):
@@ -1248,9 +1212,7 @@ def lock(path):
     except BlockingIOError:
         raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
     except (ImportError, OSError):  # Windows, or a network drive that has no locks
-        return file
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-        left_over.unlink()
+        pass
     return file
 
 
@@ -1297,37 +1259,31 @@ def begin(run):
 
 
 def draw_samples(args, device):
-    """--sample: images into results/samples, the first 64 as a grid, the first 16 beside their closest training images.
-    Several processes share the images."""
-    model, folder, pictures = load_model(args.checkpoint, device), args.results / "samples", []
-    with rank_0_first():
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob("sample_*.png") if RANK == 0 else ():
-            old.unlink()
-    precision = choose_precision(args.precision, device)
-    bar = Bar("drawing", math.ceil(args.sample / PROCESSES))
-    for first in range(64 * RANK, args.sample, 64 * PROCESSES):
+    """--sample: images in results/samples, the first 64 as a grid, the first 16 beside their closest training image."""
+    model, folder = load_model(args.checkpoint, device), args.results / "samples"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("sample_*.png"):
+        old.unlink()
+    bar, grid = Bar("drawing", args.sample), args.results / "samples.png"
+    for first in range(0, args.sample, 64):
         images = draw(model, min(64, args.sample - first), first=first, steps=args.sample_steps, seed=args.seed,
-                      precision=precision)
+                      precision=choose_precision(args.precision, device))
         for number, image in enumerate(images, first + 1):
             to_image(image).save(folder / f"sample_{number:05d}.png")
         bar.update(len(images))
         if first == 0:
-            save_grid(images, args.results / "samples.png")
+            save_grid(images, grid)
             pictures = images[:16]
     bar.close()
-    if RANK == 0:
-        say(f"{args.sample} images are in {folder}, the first {min(64, args.sample)} in {args.results / 'samples.png'}")
-        try:
-            pixels = load_images(args.dataroot, args.image_size, args.results)[1]
-            ratio = save_nearest(pictures, pixels, args.results / "nearest.png").median()
-            say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
-                "between a training image and its closest other one; below 1, the network repeats its images")
-        except UserError as error:
-            say(f"no nearest.png: {error}")
-        write_page(args.results)
-    broadcast(0)  # none ends before all have drawn
-    return 0
+    say(f"{args.sample} images are in {folder}, the first {min(64, args.sample)} in {grid}")
+    try:
+        pixels = load_images(args.dataroot, args.image_size, args.results)[1]
+        ratio = save_nearest(pictures, pixels, args.results / "nearest.png").median()
+        say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
+            "between a training image and its closest other one; below 1, the network repeats its images")
+    except UserError as error:
+        say(f"no nearest.png: {error}")
+    write_page(args.results)
 
 
 def run_command(argv):
@@ -1344,7 +1300,10 @@ def run_command(argv):
     device = choose_device(args.device)
     args.channels = args.channels or default_channels(device, args.image_size)
     if args.sample:
-        return draw_samples(args, device)
+        if RANK == 0:
+            draw_samples(args, device)
+        broadcast(0)  # the others wait
+        return 0
     if args.demo:
         from fake_face.draw_faces import fill_folder
 
@@ -1353,9 +1312,8 @@ def run_command(argv):
     run = Run(args, device, saved)
     same_limits = saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
     if saved and saved["finished"] and (same_limits or run.part_done() >= 1):
-        say(f"This run is finished: {saved['epoch']} epochs, {saved['step']} steps. A "
-            "larger --epochs, --minutes or --max-steps resumes it, --sample 64 draws faces, "
-            f"{args.begin_anew} begins a new run.")
+        say(f"This run is finished: {saved['epoch']} epochs, {saved['step']} steps. A larger --epochs, --minutes or "
+            f"--max-steps resumes it, --sample 64 draws faces, {args.begin_anew} begins a new run.")
         return 0
     begin(run)
     return train(run)

@@ -275,11 +275,6 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_three_epochs_above_the_lowest_held_out_error_count_as_overfitting():
-    errors = [0.30, 0.20, 0.10, 0.11, 0.11, 0.11, 0.12]
-    assert [end for end in range(1, 8) if scriptc.is_overfitting(errors[:end])] == [6, 7]
-
-
 def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monkeypatch, capsys):
     real_batch = scriptc.Faces.batch
     assert here(folder, *SMALL, "--max-steps", 4) == 0
