@@ -362,8 +362,8 @@ def memory_format(device):
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
-CPU_PIXELS = 16 * 64**2  # of a micro-batch on a CPU: larger ones leave its caches (ABLATIONS.md)
-LEAST_PER_CORE = 8  # images of a micro-batch; with fewer, several cores compute one micro-batch together
+CPU_PIXELS = 16 * 64**2  # most pixels of a micro-batch on a CPU: a larger one does not fit in the caches (ABLATIONS.md)
+LEAST_PER_CORE = 8  # images; with fewer for each core, several cores compute one micro-batch together
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
@@ -492,7 +492,8 @@ class Run:
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
 
-        self.micro_batch, self.workers = math.ceil(args.batch_size / PROCESSES), 1  # images at once in each worker
+        self.workers = 1  # threads that each compute a micro-batch of their own at the same time
+        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images of one
         if device.type == "cpu":
             cores = torch.get_num_threads()
             self.workers = max(1, min(cores, self.micro_batch // LEAST_PER_CORE)) if PROCESSES == 1 else 1
@@ -500,7 +501,7 @@ class Run:
             self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads,
                                            initargs=[max(1, cores // self.workers)])
         self.epoch_begun, self.epoch_seen = time.time(), at.images_seen
-        self.next_drawing = self.said = 0.0  # times
+        self.next_drawing = self.said = 0.0  # when pictures may be drawn again; when an epoch's line was printed
 
     def seconds(self):
         """Seconds of all starts of this run together."""
@@ -643,7 +644,7 @@ def batches_left(run):
 
 
 def end_epoch(run, at_end, stop):
-    """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends."""
+    """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends; only in rank 0."""
     at, args, begun = run.at, run.args, time.time()
     if at.images_in_epoch:
         loss, speed, heldout = (run.losses[0] / run.losses[1]).item(), run.images_per_second(), heldout_loss(run)
@@ -944,7 +945,8 @@ def save_nearest(images, pixels, path):
         axes.axis("off")
         axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
         axes.set_title(f"{ratios[number]:.2f}", y=-0.25, fontsize=9)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     return ratios
 
 
@@ -1089,11 +1091,14 @@ class Saver:
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state):
-        """Write `state` and wait for it; UserError where that fails."""
+        """Write `state` and wait for it; UserError where that fails three times."""
         self.thread.shutdown()
-        if not self.write(state):
-            raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on "
-                            "the disk, then the same command resumes the run")
+        for _ in range(3):
+            if self.write(state):
+                return
+            time.sleep(RETRY_SECONDS / 6)
+        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
+                        "disk, then the same command resumes the run")
 
 
 # ------------------------------------------------------------------------------------------------------- plumbing ----
@@ -1212,7 +1217,9 @@ def lock(path):
     except BlockingIOError:
         raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
     except (ImportError, OSError):  # Windows, or a network drive that has no locks
-        pass
+        return file
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+        left_over.unlink()
     return file
 
 
