@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -533,9 +534,10 @@ class Run:
         """What a checkpoint holds, as a copy on the CPU, which training does not change any more."""
         progress = dataclasses.asdict(self.at) | {"seconds": self.seconds(), "losses": self.losses.tolist()}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return snapshot({**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
-                         "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
-                         "config": {name: vars(self.args)[name] for name in STORED}})
+        state = {**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
+                 "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
+                 "config": {name: vars(self.args)[name] for name in STORED}}
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def random_draws(run, count):
@@ -995,15 +997,6 @@ RETRY_SECONDS = 30
 def previous_path(path):
     """Where the checkpoint before the one at `path` is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
-
-
-def snapshot(state):
-    """A copy of a nested state on the CPU, which training does not change any more."""
-    if isinstance(state, dict):
-        return {name: snapshot(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [snapshot(value) for value in state]
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
 def save_checkpoint(path, state):
