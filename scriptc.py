@@ -123,7 +123,7 @@ def read_settings(argv, config=None):
     defaults = {"image_size": DEMO_SIZE, "minutes": DEMO_MINUTES} if args.demo else {"epochs": 100}
     defaults |= {name: config[name] for name in STORED} if config else {}
     if any(vars(args)[name] for name in LIMITS):
-        defaults = {name: defaults[name] for name in defaults if name not in LIMITS}
+        defaults |= dict.fromkeys(LIMITS)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
@@ -145,28 +145,23 @@ def default_channels(device, image_size):
     """Default width of the network at each resolution: small enough for a CPU to draw faces within minutes."""
     if device.type == "cuda":
         return [64, 128, 256, 512]
-    return [16, 64, 64, 192] if image_size <= 32 else [32, 32, 64, 192]
+    return [16, 64, 64, 192] if image_size <= 32 else [16, 32, 64, 128, 192]
 
 
 # --------------------------------------------------------------------------------------------------------- method ----
 
 
 def linear_beta_schedule(timesteps):
-    """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4), for any T from 10 up.
-
-    The paper's range, 1e-4 to 0.02, is for T = 1000. A shorter diffusion with the same betas leaves a part of the image
-    at the end, although samples start from pure noise. So the range is scaled by 1000 / T. The product of 1 - beta is
-    below 1e-4 for every T.
-    """
+    """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4). The paper's range, 1e-4 to 0.02, is for
+    T = 1000. It is scaled by 1000 / T, so that for every T from 10 up hardly anything of the image is left at the end:
+    the product of 1 - beta is below 1e-4."""
     scale = 1000 / timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
 
 
 def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
     """Noise images in closed form: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, equation 4).
-
-    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), as x_0.
-    """
+    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), as x_0."""
     if noise is None:
         noise = torch.randn_like(x_0)
     a_t = alphas_cumprod[t][:, None, None, None]
@@ -209,9 +204,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 class Block(nn.Module):
     """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each channel.
-
-    x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W).
-    """
+    x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, c_time):
         super().__init__()
@@ -240,7 +233,7 @@ class SimpleUnet(nn.Module):
     arXiv:2202.00512, with the opposite sign). `image_size` (px) must be divisible by 2 ** (len(channels) - 1).
     """
 
-    def __init__(self, channels=(32, 32, 64, 192), image_size=64, timesteps=1000):
+    def __init__(self, channels=(16, 32, 64, 128, 192), image_size=64, timesteps=1000):
         super().__init__()
         self.image_size, self.timesteps = image_size, timesteps
         c_time = 256
@@ -286,11 +279,8 @@ SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, 
 
 
 def sampling_schedule(timesteps, steps):
-    """The timesteps that sample() visits, at most `steps` from the last to 0, and a = sqrt(alphas_cumprod) and
-    b = sqrt(1 - alphas_cumprod) of each and of the clean image at the end; three lists.
-
-    They lie quadratically closer towards 0, where detail is decided (Song et al. 2021, appendix D.2).
-    """
+    """The timesteps that sample() visits, at most `steps` from the last to 0, quadratically closer towards 0 (Song et
+    al. 2021, appendix D.2), and a and b, as in sample(), of each and of the clean image at the end; three lists."""
     t = np.arange(timesteps) if steps >= timesteps else (timesteps - 1) * np.linspace(1, 0, steps) ** 2
     t = np.unique(t.round().astype(int))[::-1].tolist()
     alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)[t]
@@ -514,12 +504,10 @@ class Run:
         return seen / (time.time() - self.epoch_begun) if seen else self.at.images_seen / self.seconds()
 
     def part_done(self):
-        """The part of the run that is done, 0 to 1, by steps or by the clock, which counts from the first step on."""
-        at, args, images = self.at, self.args, len(self.train_rows)
-        epochs_left = max((args.epochs or math.inf) - at.epoch, 0)
-        steps_left = epochs_left and (math.ceil((images - at.images_in_epoch) / args.batch_size)
-                                      + (epochs_left - 1) * math.ceil(images / args.batch_size))
-        part = at.step / min(at.step + steps_left, args.max_steps or math.inf)
+        """The part of the run that is done, 0 to 1, by epochs, steps or the clock, which counts from the first step."""
+        at, args = self.at, self.args
+        epochs = at.epoch + at.images_in_epoch / len(self.train_rows)
+        part = max(epochs / (args.epochs or math.inf), at.step / (args.max_steps or math.inf))
         if args.minutes and at.step:
             evaluations = len(self.heldout_rows) + 64 * args.sample_steps  # after the last step, each a third as long
             rest = 0.4 * evaluations / self.images_per_second() + 1.2 * self.saver.cost + 3
@@ -541,11 +529,9 @@ class Run:
 
 
 def random_draws(run, count):
-    """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device.
-
-    They depend on (seed, step) alone: they are the same after a restart and for any number of processes. The timesteps
-    follow timestep_density, one from each of `count` intervals of equal probability (stratified sampling).
-    """
+    """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device. They depend on
+    (seed, step) alone: they are the same after a restart and for any number of processes. The timesteps follow
+    timestep_density, one from each of `count` intervals of equal probability (stratified sampling)."""
     stream, size = generator("step", run.args.seed, run.at.step, device=run.device), run.args.image_size
     flip = torch.rand(count, generator=stream, device=run.device) < 0.5
     position = torch.rand(count, generator=stream, device=run.device)
@@ -592,6 +578,9 @@ def accumulate_gradients(run, rows):
             break
         except RuntimeError as failure:
             run.micro_batch = halved(math.ceil((end - begin) / count), failure)
+            if PROCESSES > 1:  # all would have to repeat the step
+                raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller "
+                                "--batch-size") from None
         for weight in run.weights:
             weight.grad = None
     if PROCESSES > 1:
@@ -648,15 +637,16 @@ def batches_left(run):
 def end_epoch(run, at_end, stop):
     """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends; only in rank 0."""
     at, args, begun = run.at, run.args, time.time()
-    if at.images_in_epoch:
+    if at.images_in_epoch and run.losses[1]:  # no row without a finite step
         loss, speed, heldout = (run.losses[0] / run.losses[1]).item(), run.images_per_second(), heldout_loss(run)
         rate = run.optimizers["adam"].param_groups[0]["lr"].item()
         at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, rate, speed, run.seconds()])
         if at_end or begun - run.said > 10:
             run.said = begun
             lowest, minutes = min(row[4] for row in at.history), run.seconds_left() / 60
+            memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0
             say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f} (lowest {lowest:.4f})"
-                f", {speed:.0f} images/s, {minutes:.1f} minutes left")
+                f", {speed:.0f} images/s, {minutes:.1f} minutes left" + (f", {memory:.1f} GiB used" if memory else ""))
     with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
         file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
     if at.history and (at_end or begun > run.next_drawing):
@@ -745,7 +735,7 @@ def list_files(root):
     for folder, folders, names in os.walk(root, followlinks=True):
         seen = os.path.realpath(folder) in visited  # through a link
         visited.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if not name.startswith(".") and not seen]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not seen)
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".") and not seen):
             size, modified = 0, 0
             with contextlib.suppress(OSError):  # a link to nowhere, or deleted since
@@ -890,7 +880,8 @@ def draw_pictures(run, steps, stop):
     images = draw(run.ema, 64, steps=steps, seed=run.args.seed, precision=run.precision, on_step=on_step)
     if not stop:
         save_grid(images, folder / "epoch_{}_step_{}.png".format(*history[-1]))
-        save_denoising([*stages[:steps], (images[:4], images[:4])], folder / "denoising.png")
+        first = stages[:len(sampling_schedule(run.args.timesteps, steps)[0])]  # draw() may need several passes
+        save_denoising([*first, (images[:4], images[:4])], folder / "denoising.png")
         save_animation([folder / name for *_, name in grids(folder, history)], folder / "progress.webp")
     save_curve(history, folder / "loss.png")
 
@@ -982,6 +973,8 @@ def write_page(folder, run=None, status=None):
                 "grid": {"side": run.args.image_size, "padding": 2, "per_row": 8, "count": 64}}
     elif path.exists():
         data = json.loads(path.read_text(encoding="utf-8").removeprefix("show(").removesuffix(");\n"))
+    else:  # no run to show
+        return
     names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "metrics.csv")
     data |= {"pictures": [name for name in names if (folder / name).exists()], "updated": time.time()}
     with replacing(path) as file:
@@ -1012,10 +1005,10 @@ def save_checkpoint(path, state):
             os.replace(path, previous_path(path))
 
 
-def read_checkpoint(path):
-    """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet. A damaged
-    one is renamed, never overwritten. UserError where there are files, but none that can be used. Only tensors and
-    plain values are loaded, so nothing in a file is executed."""
+def read_checkpoint(path, rename=False):
+    """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet. With
+    `rename` a damaged one gets another name, so that nothing overwrites it. UserError where there are files, but none
+    that can be used. Only tensors and plain values are loaded, so nothing in a file is executed."""
     problem = ""
     for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
@@ -1031,9 +1024,11 @@ def read_checkpoint(path):
             continue
         if problem:
             broken = path.with_name(f"{path.name}.broken-{time.time():.0f}")
-            say(f"{problem}: it is renamed to {broken.name}, and {candidate.name} is used")
+            renamed = f"it is renamed to {broken.name}, and " if rename else ""
+            say(f"{problem}: {renamed}{candidate.name} is used")
             with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
-                os.replace(path, broken)
+                if rename:
+                    os.replace(path, broken)
         return saved
     if problem:
         raise UserError(f"{problem}: move it away to begin anew")
@@ -1062,8 +1057,9 @@ class Saver:
     """Writes a checkpoint every `seconds` in the background. A failed one is a warning and soon tried again."""
 
     def __init__(self, path, seconds):
-        self.path, self.seconds, self.thread, self.writing = path, seconds, ThreadPoolExecutor(1), None
+        self.path, self.seconds, self.thread = path, seconds, ThreadPoolExecutor(1)
         self.cost, self.due = 0.0, time.time() + seconds  # cost: seconds that the last one took
+        self.writing = self.thread.submit(int)  # the result of the last one
 
     def write(self, state):
         """Save `state` now. Returns whether that worked."""
@@ -1079,7 +1075,8 @@ class Saver:
 
     def save_if_due(self, state):
         """Begin to write what the function `state` returns, if it is time to and the last one is written."""
-        if time.time() >= self.due and (self.writing is None or self.writing.done()):
+        if time.time() >= self.due and self.writing.done():
+            self.writing.result()  # raises its UserError
             self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # by then it is to be on disk
             self.writing = self.thread.submit(self.write, state())
 
@@ -1101,11 +1098,9 @@ OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't al
 
 def halved(size, error):
     """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of memory, and
-    UserError where one image is too many already, or where several processes would have to agree."""
+    UserError where one image is too many already."""
     if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
         raise error
-    if PROCESSES > 1:
-        raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller --batch-size")
     if size == 1:
         raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower --channels")
     return math.ceil(size / 2)
@@ -1203,16 +1198,13 @@ def warn_if_not_written(write, *arguments):
 def lock(path):
     """An open file whose lock reserves the checkpoint at `path` until this process ends. UserError if it is taken."""
     file = path.with_name(f".{path.name}.lock").open("a")
-    try:
+    with contextlib.suppress(ImportError, OSError):  # Windows, or a network drive that has no locks
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
-    except (ImportError, OSError):  # Windows, or a network drive that has no locks
-        return file
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-        left_over.unlink()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
     return file
 
 
@@ -1295,7 +1287,7 @@ def run_command(argv):
         if not args.sample:
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             locked = lock(args.checkpoint) if RANK == 0 else None  # noqa: F841 (held while this function runs)
-        saved = read_checkpoint(args.checkpoint)
+        saved = read_checkpoint(args.checkpoint, rename=not args.sample and RANK == 0)
     args = read_settings(argv, saved and saved["config"])
     device = choose_device(args.device)
     args.channels = args.channels or default_channels(device, args.image_size)

@@ -224,6 +224,8 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(trained, tm
     assert here(tmp_path, "--epochs", 3, "--sample-steps", 3) == 0
     broken = (tmp_path / "checkpoint.pth").read_bytes()[:-5000]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
+    scriptc.load_model(tmp_path / "checkpoint.pth")  # reads the one before and changes nothing
+    assert (tmp_path / "checkpoint.pth").read_bytes() == broken
     assert here(tmp_path, "--epochs", 4, "--sample-steps", 3) == 0 and "is renamed to" in capsys.readouterr().out
     assert [path.read_bytes() for path in tmp_path.glob("checkpoint.pth.broken-*")] == [broken]
     assert checkpoint(tmp_path)["epoch"] == 4
@@ -275,13 +277,14 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("most", [1, 20])  # 20 steps are several epochs here
+def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monkeypatch, capsys, most):
     real_batch = scriptc.Faces.batch
     assert here(folder, *SMALL, "--max-steps", 4) == 0
     good = checkpoint(folder)
     monkeypatch.setattr(scriptc.Faces, "batch", lambda self, rows, flip=None: real_batch(self, rows, flip) * (
         math.nan if flip is not None else 1))
-    monkeypatch.setattr(scriptc, "BAD_STEPS", 1)
+    monkeypatch.setattr(scriptc, "BAD_STEPS", most)
     monkeypatch.setattr(scriptc, "LOOK_SECONDS", 0)
     assert here(folder, "--max-steps", 4000, "--lr", 1) == 1
     assert "--lr" in capsys.readouterr().err
