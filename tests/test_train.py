@@ -277,6 +277,15 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_a_save_in_the_background_finds_not_finite_end_the_run(folder, monkeypatch, capsys):
+    def save(path, state):
+        raise scriptc.UserError("the weights are not finite any more")
+
+    monkeypatch.setattr(scriptc, "save_checkpoint", save)
+    assert here(folder, *SMALL, "--epochs", 10**6, "--save-minutes", 0.001) == 1
+    assert "not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("most", [1, 20])  # 20 steps are several epochs here
 def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monkeypatch, capsys, most):
     real_batch = scriptc.Faces.batch
@@ -382,6 +391,17 @@ def test_a_step_and_a_drawing_that_memory_does_not_take_are_repeated_in_halves(f
     assert len(list((folder / "results" / "samples").iterdir())) == 9
 
 
+def test_of_several_processes_the_one_that_draws_halves_what_memory_does_not_take(monkeypatch):
+    def sample(model, count, **settings):
+        if count > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(count, 3, 16, 16)
+
+    monkeypatch.setattr(scriptc, "PROCESSES", 2)
+    monkeypatch.setattr(scriptc, "sample", sample)
+    assert scriptc.draw(None, 12).shape == (12, 3, 16, 16)
+
+
 def test_one_image_that_memory_does_not_take_ends_in_a_sentence(folder, monkeypatch, capsys):
     def forward(self, x, t):
         raise torch.OutOfMemoryError("out of memory")
@@ -444,6 +464,11 @@ def test_processes_that_do_not_see_the_same_checkpoint_end_in_a_sentence(trained
 
 
 # Drawing
+
+
+def test_sample_into_a_new_folder_makes_no_page_of_a_run_that_is_not_there(trained, tmp_path):
+    assert here(trained, "--sample", 2, "--sample-steps", 2, "--results", tmp_path / "new") == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"samples", "samples.png", "nearest.png"}
 
 
 def test_sample_draws_single_images_and_a_grid_that_repeat(trained, tmp_path):
