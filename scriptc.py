@@ -644,9 +644,9 @@ def end_epoch(run, at_end, stop):
         if at_end or begun - run.said > 10:
             run.said = begun
             lowest, minutes = min(row[4] for row in at.history), run.seconds_left() / 60
-            memory = torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0
+            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
             say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f} (lowest {lowest:.4f})"
-                f", {speed:.0f} images/s, {minutes:.1f} minutes left" + (f", {memory:.1f} GiB used" if memory else ""))
+                f", {speed:.0f} images/s, {minutes:.1f} minutes left{memory}")
     with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
         file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
     if at.history and (at_end or begun > run.next_drawing):
@@ -880,7 +880,7 @@ def draw_pictures(run, steps, stop):
     images = draw(run.ema, 64, steps=steps, seed=run.args.seed, precision=run.precision, on_step=on_step)
     if not stop:
         save_grid(images, folder / "epoch_{}_step_{}.png".format(*history[-1]))
-        first = stages[:len(sampling_schedule(run.args.timesteps, steps)[0])]  # draw() may need several passes
+        first = stages[:len(sampling_schedule(run.args.timesteps, steps)[0])]  # of draw()'s first pass
         save_denoising([*first, (images[:4], images[:4])], folder / "denoising.png")
         save_animation([folder / name for *_, name in grids(folder, history)], folder / "progress.webp")
     save_curve(history, folder / "loss.png")
@@ -1026,8 +1026,8 @@ def read_checkpoint(path, rename=False):
             broken = path.with_name(f"{path.name}.broken-{time.time():.0f}")
             renamed = f"it is renamed to {broken.name}, and " if rename else ""
             say(f"{problem}: {renamed}{candidate.name} is used")
-            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
-                if rename:
+            if rename:
+                with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
                     os.replace(path, broken)
         return saved
     if problem:
@@ -1059,7 +1059,7 @@ class Saver:
     def __init__(self, path, seconds):
         self.path, self.seconds, self.thread = path, seconds, ThreadPoolExecutor(1)
         self.cost, self.due = 0.0, time.time() + seconds  # cost: seconds that the last one took
-        self.writing = self.thread.submit(int)  # the result of the last one
+        self.writing = self.thread.submit(int)  # the last write; this first one does nothing
 
     def write(self, state):
         """Save `state` now. Returns whether that worked."""
@@ -1076,7 +1076,7 @@ class Saver:
     def save_if_due(self, state):
         """Begin to write what the function `state` returns, if it is time to and the last one is written."""
         if time.time() >= self.due and self.writing.done():
-            self.writing.result()  # raises its UserError
+            self.writing.result()  # if the last write ended with a UserError, it is raised here
             self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # by then it is to be on disk
             self.writing = self.thread.submit(self.write, state())
 
@@ -1287,7 +1287,7 @@ def run_command(argv):
         if not args.sample:
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             locked = lock(args.checkpoint) if RANK == 0 else None  # noqa: F841 (held while this function runs)
-        saved = read_checkpoint(args.checkpoint, rename=not args.sample and RANK == 0)
+        saved = read_checkpoint(args.checkpoint, rename=not args.sample)
     args = read_settings(argv, saved and saved["config"])
     device = choose_device(args.device)
     args.channels = args.channels or default_channels(device, args.image_size)
