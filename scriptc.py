@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import math
@@ -353,8 +352,7 @@ def memory_format(device):
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
-CPU_PIXELS = 16 * 64**2  # most pixels of a micro-batch on a CPU: a larger one does not fit in the caches (ABLATIONS.md)
-LEAST_PER_CORE = 8  # images; with fewer for each core, several cores compute one micro-batch together
+CORE_PIXELS = 8 * 64**2  # of a micro-batch for each core of a CPU: more do not fit in its cache (ABLATIONS.md)
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
@@ -366,19 +364,19 @@ NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613,
 
 
 def orthogonalize(x):
-    """Matrices x = U S V' (K, M, N) to about U V' (K, M, N), by Newton-Schulz iterations.
+    """A matrix x = U S V' (M, N) to about U V' (M, N), by Newton-Schulz iterations.
 
     Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x' has the
     shorter side of x, for a 3 x 3 convolution at most a ninth of the longer one.
     """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    gram = x @ x.mT
-    norm = (gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() + 1e-7)[:, None, None]
-    gram, product = gram / norm**2, torch.eye(x.shape[1], device=x.device) / norm
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T
+    gram = x @ x.T
+    norm = gram.trace().sqrt() + 1e-7
+    gram, product = gram / norm**2, torch.eye(len(x), device=x.device) / norm
     for a, b, c in NEWTON_SCHULZ:
         polynomial = b * gram + c * gram @ gram
-        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        polynomial.diagonal().add_(a)
         gram, product = polynomial @ gram @ polynomial, polynomial @ product
     return product @ x
 
@@ -398,19 +396,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update of all kernels; those of one shape are orthogonalized together."""
-        groups = {}
         for weight in self.param_groups[0]["params"]:
-            groups.setdefault(weight.shape, []).append(weight)
-        for weights in groups.values():
-            matrices = []
-            for weight in weights:
-                momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-                matrices.append(weight.grad.lerp(momentum, MOMENTUM).permute(0, 2, 3, 1).flatten(1))  # as in memory
-            rate = 0.2 * math.sqrt(max(matrices[0].shape)) * self.param_groups[0]["lr"]
-            for weight, update in zip(weights, orthogonalize(torch.stack(matrices)) * -rate):
-                kernel = weight.permute(0, 2, 3, 1)
-                kernel.add_(update.view(kernel.shape))
+            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+            matrix = weight.grad.lerp(momentum, MOMENTUM).flatten(1)
+            rate = 0.2 * math.sqrt(max(matrix.shape)) * self.param_groups[0]["lr"]
+            weight.sub_(rate * orthogonalize(matrix).view_as(weight))
 
 
 def build_optimizers(model, lr, device):
@@ -483,14 +473,10 @@ class Run:
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
         self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
 
-        self.workers = 1  # threads that each compute a micro-batch of their own at the same time
-        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images of one
+        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images that go through the network at a time
         if device.type == "cpu":
-            cores = torch.get_num_threads()
-            self.workers = max(1, min(cores, self.micro_batch // LEAST_PER_CORE)) if PROCESSES == 1 else 1
-            self.micro_batch = max(1, min(self.micro_batch, CPU_PIXELS // args.image_size**2))
-            self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads,
-                                           initargs=[max(1, cores // self.workers)])
+            at_most = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
+            self.micro_batch = max(1, min(self.micro_batch, at_most))
         self.epoch_begun, self.epoch_seen = time.time(), at.images_seen
         self.next_drawing = self.said = 0.0  # when pictures may be drawn again; when an epoch's line was printed
 
@@ -541,48 +527,24 @@ def random_draws(run, count):
     return flip, t, noise.contiguous(memory_format=memory_format(run.device))
 
 
-def backward(run, batch, rows, flip, t, noise, is_last):
-    """Noise a micro-batch `rows` (b,), predict the noise, L1 loss, backward. Returns (loss, gradients), which add up
-    over the micro-batches to the mean error of the `batch` images of the step and its gradient. With several processes
-    none are returned: DistributedDataParallel adds up the gradients itself, after the last micro-batch.
-    """
-    x_t, _ = forward_diffusion(run.faces.batch(rows, flip), t, run.model.alphas_cumprod, noise)
-    with contextlib.nullcontext() if is_last or PROCESSES == 1 else run.network.no_sync():
-        with autocast(run.device, run.precision):
-            predicted = run.network(x_t, t)
-        loss = F.l1_loss(predicted.float(), noise, reduction="sum") / (batch * noise[0].numel())
-        if PROCESSES == 1:
-            return loss.detach(), torch.autograd.grad(run.scaler.scale(loss), run.weights)
-        run.scaler.scale(loss * PROCESSES).backward()  # gradients are averaged over the processes, but losses add up
-        return loss.detach(), ()
-
-
 def accumulate_gradients(run, rows):
-    """The gradient of the batch of images `rows` (B,) into the weights. Returns the batch's mean error, (). On a CPU
-    each core computes its own micro-batches, so that none waits for another after each operation. Where memory is too
-    small for a micro-batch, its size is halved and the same step repeated.
+    """Add the gradient of the images `rows` (B,) to the weights, in micro-batches. Returns the mean error of the batch, ().
+
+    Each process takes its share of the batch, and DistributedDataParallel averages the gradients of all processes after
+    the last micro-batch. The losses of all micro-batches and processes add up to the mean error.
     """
     begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
     batch = len(rows) if end > begin else math.inf  # a process without an image takes part with one that does not count
-    end = max(end, begin + 1)
-    share = [values[begin:end] for values in (rows, *random_draws(run, len(rows)))]
-    while True:
-        count = min(end - begin, run.workers * math.ceil((end - begin) / (run.workers * run.micro_batch)))
-        parts, error = [values.tensor_split(count) for values in share], torch.zeros((), device=run.device)
-        compute, is_last = functools.partial(backward, run, batch), [False] * (count - 1) + [True]
-        try:  # in this order, so that a run repeats to the bit
-            for loss, gradients in (run.pool.map if run.workers > 1 else map)(compute, *parts, is_last):
-                error += loss
-                for weight, gradient in zip(run.weights, gradients):
-                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-            break
-        except RuntimeError as failure:
-            run.micro_batch = halved(math.ceil((end - begin) / count), failure)
-            if PROCESSES > 1:  # all would have to repeat the step
-                raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller "
-                                "--batch-size") from None
-        for weight in run.weights:
-            weight.grad = None
+    share = [values[begin:max(end, begin + 1)] for values in (rows, *random_draws(run, len(rows)))]
+    count, error = math.ceil(len(share[0]) / run.micro_batch), torch.zeros((), device=run.device)
+    for number, (some, flip, t, noise) in enumerate(zip(*(values.tensor_split(count) for values in share)), 1):
+        x_t, _ = forward_diffusion(run.faces.batch(some, flip), t, run.model.alphas_cumprod, noise)
+        with contextlib.nullcontext() if number == count or PROCESSES == 1 else run.network.no_sync():
+            with autocast(run.device, run.precision):
+                predicted = run.network(x_t, t)
+            loss = F.l1_loss(predicted.float(), noise, reduction="sum") / (batch * noise[0].numel())
+            run.scaler.scale(loss * PROCESSES).backward()
+        error += loss.detach()
     if PROCESSES > 1:
         dist.all_reduce(error)
     return error
@@ -590,8 +552,18 @@ def accumulate_gradients(run, rows):
 
 def training_step(run, rows, part):
     """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done. A
-    gradient that is not finite counts as zero, and so does the learning rate then: nothing waits for the device."""
-    error = accumulate_gradients(run, rows)
+    gradient that is not finite counts as zero, and so does the learning rate then: nothing waits for the device. Where
+    memory is too small for a micro-batch, its size is halved and the same step repeated."""
+    error = None
+    while error is None:
+        try:
+            error = accumulate_gradients(run, rows)
+        except RuntimeError as failure:
+            run.micro_batch = halved(run.micro_batch, failure)
+            run.model.zero_grad()
+            if PROCESSES > 1:  # all would have to repeat the step
+                raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller "
+                                "--batch-size") from None
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()

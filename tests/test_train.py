@@ -121,6 +121,14 @@ def test_output_to_a_file_is_lines_without_control_characters(folder):
     assert done.stderr == ""
 
 
+def test_a_log_file_gets_a_line_of_progress_now_and_then(folder, monkeypatch, capsys):
+    monkeypatch.setattr(scriptc, "LOG_SECONDS", 0)
+    assert here(folder, *SMALL, "--max-steps", 2) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^reading images at 16 px: \d+ of \d+ images$", out, re.M)
+    assert re.search(r"^epoch 1: \d+ of \d+ images, loss \d\.\d+, \d+\.\d minutes left in all$", out, re.M)
+
+
 def test_load_model_gives_the_averaged_network_that_was_saved(trained):
     model = scriptc.load_model(trained / "checkpoint.pth")
     assert same(dict(model.state_dict()), dict(checkpoint(trained)["ema"]))
@@ -242,7 +250,7 @@ def test_a_second_run_on_the_same_checkpoint_is_refused(folder):
     assert here(folder, *SMALL, "--max-steps", 1) == 0  # a killed run leaves no lock behind
 
 
-def test_a_disk_that_is_full_for_a_while_is_a_warning_and_no_end(folder, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_a_while_causes_only_a_warning(folder, monkeypatch, capsys):
     real_save, failures = scriptc.save_checkpoint, iter([OSError(28, "No space left on device")] * 3)
 
     def save(path, state):
@@ -277,7 +285,7 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_a_save_in_the_background_finds_not_finite_end_the_run(folder, monkeypatch, capsys):
+def test_the_run_ends_when_a_background_save_finds_weights_that_are_not_finite(folder, monkeypatch, capsys):
     def save(path, state):
         raise scriptc.UserError("the weights are not finite any more")
 
@@ -351,13 +359,13 @@ def test_advice_under_demo_can_be_followed(tmp_path, capsys):
         assert "--results NEW_FOLDER" in advice and "--checkpoint" not in advice
 
 
-# Parts and processes
+# Micro-batches and processes
 
 
-def test_a_step_in_parts_learns_the_same(folder, monkeypatch):
+def test_a_step_in_micro_batches_learns_the_same(folder, monkeypatch):
     flags = [*SMALL, "--max-steps", 6, "--precision", "fp32"]
     assert here(folder, *flags) == 0
-    monkeypatch.setattr(scriptc, "CPU_PIXELS", 5 * 16**2)
+    monkeypatch.setattr(scriptc, "CORE_PIXELS", 3 * 16**2)
     parts = folder / "parts.pth"
     assert here(folder, *flags, "--checkpoint", parts) == 0
     for one, other in zip(checkpoint(folder)["history"], torch.load(parts, weights_only=True)["history"], strict=True):
@@ -371,7 +379,7 @@ OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cu
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
-def test_a_step_and_a_drawing_that_memory_does_not_take_are_repeated_in_halves(folder, monkeypatch, error):
+def test_when_memory_runs_out_a_step_and_a_drawing_are_repeated_with_half_the_images(folder, monkeypatch, error):
     flags, real_forward = [*SMALL, "--max-steps", 3, "--precision", "fp32"], scriptc.SimpleUnet.forward
     assert here(folder, *flags) == 0
     expected, grid = checkpoint(folder)["history"], next((folder / "results").glob("epoch*.png")).read_bytes()
@@ -391,7 +399,7 @@ def test_a_step_and_a_drawing_that_memory_does_not_take_are_repeated_in_halves(f
     assert len(list((folder / "results" / "samples").iterdir())) == 9
 
 
-def test_of_several_processes_the_one_that_draws_halves_what_memory_does_not_take(monkeypatch):
+def test_with_several_processes_a_drawing_too_is_repeated_with_half_the_images(monkeypatch):
     def sample(model, count, **settings):
         if count > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -402,7 +410,7 @@ def test_of_several_processes_the_one_that_draws_halves_what_memory_does_not_tak
     assert scriptc.draw(None, 12).shape == (12, 3, 16, 16)
 
 
-def test_one_image_that_memory_does_not_take_ends_in_a_sentence(folder, monkeypatch, capsys):
+def test_too_little_memory_for_one_image_ends_with_a_clear_message(folder, monkeypatch, capsys):
     def forward(self, x, t):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -451,7 +459,7 @@ def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
     assert [int(row["epoch"]) for row in table(folder)] == list(range(1, 61))
 
 
-def test_processes_that_do_not_see_the_same_checkpoint_end_in_a_sentence(trained, tmp_path):
+def test_processes_that_do_not_see_the_same_checkpoint_end_with_a_clear_message(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "0.pth")
     script = tmp_path / "start.py"
@@ -555,7 +563,7 @@ def test_the_middle_of_a_wide_image_is_kept(tmp_path):
     assert (scriptc.decode(str(tmp_path / "wide.png"), 16)[0] > 250).all()
 
 
-def test_what_is_no_image_is_skipped_counted_and_named(folder, capsys):
+def test_files_that_are_not_images_are_skipped_counted_and_listed(folder, capsys):
     faces = folder / "faces"
     (faces / "empty.jpg").touch()
     (faces / "page.jpg").write_text("<html>busy</html>")
@@ -592,7 +600,7 @@ def test_broken_images_leave_the_terminal_clean_and_are_used_or_listed(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_a_name_that_is_no_text_is_no_obstacle(folder):
+def test_a_file_name_that_is_not_valid_text_is_accepted(folder):
     for name in (b"\xff good.png", b"\xff bad.png"):
         with open(os.path.join(os.fsencode(folder / "faces"), name), "wb") as file:
             draw_face(1, 32).save(file, "PNG")
@@ -602,7 +610,7 @@ def test_a_name_that_is_no_text_is_no_obstacle(folder):
     assert "bad.png" in (folder / "results" / "skipped_images.txt").read_text()
 
 
-def test_links_are_followed_but_never_in_a_circle(tmp_path):
+def test_links_are_followed_but_a_cycle_ends(tmp_path):
     fill_folder(tmp_path / "elsewhere", 3, 32)
     (tmp_path / "faces").mkdir()
     (tmp_path / "faces" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -753,7 +761,7 @@ def test_sampling_without_a_checkpoint_says_to_train_first(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"random bytes", "foreign", "code", "bomb", "flipped", "old"])
-def test_a_file_that_is_no_checkpoint_is_refused_and_left_alone(folder, trained, content):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_left_alone(folder, trained, content):
     path = folder / "checkpoint.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
