@@ -352,7 +352,7 @@ def memory_format(device):
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
-CORE_PIXELS = 8 * 64**2  # of a micro-batch for each core of a CPU: more do not fit in its cache (ABLATIONS.md)
+CORE_PIXELS = 16 * 64**2  # of a micro-batch for each core of a CPU: more do not fit in its cache (ABLATIONS.md)
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
