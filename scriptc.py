@@ -528,7 +528,7 @@ def random_draws(run, count):
 
 
 def accumulate_gradients(run, rows):
-    """Add the gradient of the images `rows` (B,) to the weights, in micro-batches. Returns the mean error of the batch, ().
+    """Noise the images `rows` (B,), predict the noise, L1 loss, backward, in micro-batches. Returns the mean error, ().
 
     Each process takes its share of the batch, and DistributedDataParallel averages the gradients of all processes after
     the last micro-batch. The losses of all micro-batches and processes add up to the mean error.
