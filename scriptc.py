@@ -70,7 +70,7 @@ def between(kind, least, most, step=None):
         value = kind(text)  # argparse says what ValueError means
         if not least <= value <= most or step and value % step:
             multiple = f", a multiple of {step}" if step else ""
-            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}{multiple}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:,.10g}{multiple}")
         return value
 
     return number
@@ -351,7 +351,7 @@ def memory_format(device):
 
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
-EMA_POWER = 12  # the weights of step i count as i ** 12 in the average: about the last tenth of a run of any length
+EMA_POWER = 12  # in the average of n steps the first i count (i / n) ** 12: mostly the last tenth, however long the run
 CORE_PIXELS = 16 * 64**2  # of a micro-batch for each core of a CPU: more do not fit in its cache (ABLATIONS.md)
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
@@ -366,14 +366,13 @@ NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613,
 def orthogonalize(x):
     """A matrix x = U S V' (M, N) to about U V' (M, N), by Newton-Schulz iterations.
 
-    Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x' has the
-    shorter side of x, for a 3 x 3 convolution at most a ninth of the longer one.
+    Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x' has only
+    the shorter side of x, which in a 3 x 3 convolution of equal widths is a ninth of the longer one.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
-    gram = x @ x.T
-    norm = gram.trace().sqrt() + 1e-7
-    gram, product = gram / norm**2, torch.eye(len(x), device=x.device) / norm
+    x = x / (x.norm() + 1e-7)
+    gram, product = x @ x.T, torch.eye(len(x), device=x.device)
     for a, b, c in NEWTON_SCHULZ:
         polynomial = b * gram + c * gram @ gram
         polynomial.diagonal().add_(a)
@@ -382,9 +381,9 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolution kernels (outputs, inputs, 3, 3).
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolution kernels (outputs, inputs, K, K).
 
-    The momentum of a kernel's gradient, a matrix (outputs, inputs x 3 x 3), is orthogonalized before it is subtracted,
+    The momentum of a kernel's gradient, a matrix (outputs, inputs x K x K), is orthogonalized before it is subtracted,
     so that an update is as large in rare directions as in common ones. With the factor 0.2 sqrt(longer side) (Liu et
     al. 2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning rate serves both.
     """
@@ -467,7 +466,7 @@ class Run:
         self.optimizers = build_optimizers(self.model, args.lr, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         if saved:
-            self.scaler.load_state_dict(saved["scaler"])
+            self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # {} if it was not fp16
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(saved["optimizer"][name])
                 optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
@@ -485,7 +484,7 @@ class Run:
         return self.at.seconds + time.time() - START
 
     def images_per_second(self):
-        """Training images a second in this epoch, or in the whole run as long as this start has done none of it."""
+        """Training images a second in this epoch; in the whole run before this start's first step of the epoch."""
         seen = self.at.images_seen - self.epoch_seen
         return seen / (time.time() - self.epoch_begun) if seen else self.at.images_seen / self.seconds()
 
@@ -495,8 +494,9 @@ class Run:
         epochs = at.epoch + at.images_in_epoch / len(self.train_rows)
         part = max(epochs / (args.epochs or math.inf), at.step / (args.max_steps or math.inf))
         if args.minutes and at.step:
-            evaluations = len(self.heldout_rows) + 64 * args.sample_steps  # after the last step, each a third as long
-            rest = 0.4 * evaluations / self.images_per_second() + 1.2 * self.saver.cost + 3
+            evaluations = len(self.heldout_rows) + 64 * args.sample_steps  # at the end, in rank 0 alone
+            speed = max(self.images_per_second(), at.images_seen / self.seconds()) / PROCESSES  # training images
+            rest = 0.4 * evaluations / speed + 1.2 * self.saver.cost + 3  # an evaluation takes 0.3 to 0.4 of an image
             budget = 60 * args.minutes - min(rest, 20 * args.minutes) - at.first_step
             part = max(part, (self.seconds() - at.first_step) / max(budget, 0.1))
         return min(part, 1.0)
@@ -551,16 +551,16 @@ def accumulate_gradients(run, rows):
 
 
 def training_step(run, rows, part):
-    """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done. A
-    gradient that is not finite counts as zero, and so does the learning rate then: nothing waits for the device. Where
-    memory is too small for a micro-batch, its size is halved and the same step repeated."""
+    """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done. If
+    the gradient is not finite, it and the learning rate are set to zero on the device, without waiting for it. If there
+    is too little memory for a micro-batch, its size is halved and the same step repeated."""
     error = None
     while error is None:
+        run.model.zero_grad()
         try:
             error = accumulate_gradients(run, rows)
         except RuntimeError as failure:
             run.micro_batch = halved(run.micro_batch, failure)
-            run.model.zero_grad()
             if PROCESSES > 1:  # all would have to repeat the step
                 raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller "
                                 "--batch-size") from None
@@ -572,7 +572,6 @@ def training_step(run, rows, part):
     for optimizer in run.optimizers.values():
         optimizer.param_groups[0]["lr"].copy_(learning_rate(run.args.lr, part) * finite)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     run.at.step += 1
     run.at.images_seen += len(rows)
@@ -636,7 +635,7 @@ def train(run):
         run.epoch_begun, run.epoch_seen = time.time(), at.images_seen
         for rows in batches_left(run):
             part, stopped = broadcast(run.part_done(), bool(stop))
-            if stopped or part >= 1 and at.step:
+            if stopped or part >= 1:
                 break
             at.first_step = at.first_step or run.seconds()
             training_step(run, rows, part)
@@ -724,7 +723,7 @@ def open_cache(path, size, files):
     """
     try:
         index_path, most = path.with_name(path.name + ".json"), 10_000 + sum(6 * len(name) + 2000 for name, *_ in files)
-        if path.is_file() and index_path.is_file() and index_path.stat().st_size < most:
+        if path.is_file() and index_path.is_file() and index_path.stat().st_size < most:  # else not of these files
             saved = json.loads(index_path.read_text(encoding="utf-8"))
             index = {(str(name), int(length), int(ns)): str(reason) for name, length, ns, reason in saved["files"]}
             pixels = np.memmap(path, np.uint8, "c", shape=(sum(not reason for reason in index.values()), size, size, 3))
@@ -781,7 +780,7 @@ def load_images(root, size, results):
 def split(names, compared=()):
     """(training rows, held-out rows, hashes of the held-out rows, a number that identifies the training images). The
     hash of an image's path below the data root decides, so an image stays on its side as the folder grows. The held-out
-    rows are those of the hashes `compared` while there are any, else the first HELDOUT_MOST."""
+    rows returned are those whose hashes are in `compared`, or if there are none, the first HELDOUT_MOST."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little") for name in names])
     known, order = np.isin(hashes, compared), hashes.argsort()
     heldout = (hashes % HELDOUT_ONE_IN == 0) | known
@@ -1049,7 +1048,7 @@ class Saver:
         """Begin to write what the function `state` returns, if it is time to and the last one is written."""
         if time.time() >= self.due and self.writing.done():
             self.writing.result()  # if the last write ended with a UserError, it is raised here
-            self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # by then it is to be on disk
+            self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # early, to be on disk by then
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state):
@@ -1202,7 +1201,7 @@ def replacing(path):
 def begin(run):
     """Say what is about to happen; write the list of skipped images and the page."""
     args, count, listing = run.args, len(run.faces.pixels), run.args.results / "skipped_images.txt"
-    ends = " or ".join(f"{vars(args)[name]:g} {name.removeprefix('max_')}" for name in LIMITS if vars(args)[name])
+    ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}" for name in LIMITS if vars(args)[name])
     about = {"images": f"{count:,} below {args.dataroot}, {count - len(run.train_rows):,} of them held out"}
     if run.skipped:
         name, reason = min(run.skipped.items())

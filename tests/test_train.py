@@ -359,6 +359,13 @@ def test_advice_under_demo_can_be_followed(tmp_path, capsys):
         assert "--results NEW_FOLDER" in advice and "--checkpoint" not in advice
 
 
+def test_a_run_can_be_resumed_in_another_precision(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for epochs, precision in ((3, "fp16"), (4, "bf16"), (5, "fp16"), (6, "fp32")):
+        assert here(tmp_path, "--epochs", epochs, "--precision", precision) == 0
+    assert checkpoint(tmp_path)["epoch"] == 6
+
+
 # Micro-batches and processes
 
 
