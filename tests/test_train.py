@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -326,6 +327,16 @@ def test_the_learning_rate_warms_up_under_minutes_however_long_the_start_takes(f
     monkeypatch.setattr(scriptc, "START", time.time() - 20)
     assert here(folder, *SMALL, "--minutes", 0.6) == 0
     assert parts[0] == 0 and parts[-1] > 0.9 and checkpoint(folder)["seconds"] < 36
+
+
+def test_a_slow_first_step_after_a_restart_does_not_end_a_run_with_minutes(monkeypatch):
+    monkeypatch.setattr(scriptc, "START", time.time() - 12)
+    run = scriptc.Run.__new__(scriptc.Run)
+    run.args = types.SimpleNamespace(epochs=None, max_steps=None, minutes=5, sample_steps=20)
+    run.at = scriptc.Progress(step=201, images_seen=201 * 64, seconds=240, first_step=10)
+    run.train_rows, run.heldout_rows, run.saver = range(500), range(500), types.SimpleNamespace(cost=0)
+    run.epoch_seen, run.epoch_begun = 200 * 64, time.time() - 10
+    assert 0.8 < run.part_done() < 1
 
 
 def test_an_epoch_sees_every_image_once_although_the_folder_grew_in_the_middle_of_it(folder, monkeypatch):
