@@ -351,8 +351,8 @@ def memory_format(device):
 
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
-EMA_POWER = 12  # in the average of n steps the first i count (i / n) ** 12: mostly the last tenth, however long the run
-CORE_PIXELS = 16 * 64**2  # of a micro-batch for each core of a CPU: more do not fit in its cache (ABLATIONS.md)
+EMA_POWER = 12  # share of the first i of n steps in the average: (i / n) ** 12, so mostly the last tenth counts
+CORE_PIXELS = 16 * 64**2  # most pixels of a micro-batch for each CPU core: more do not fit in its cache (ABLATIONS.md)
 HELDOUT_MOST = 512  # held-out images that the error is measured on
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
@@ -474,8 +474,8 @@ class Run:
 
         self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images that go through the network at a time
         if device.type == "cpu":
-            at_most = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
-            self.micro_batch = max(1, min(self.micro_batch, at_most))
+            fit = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
+            self.micro_batch = max(1, min(self.micro_batch, fit))
         self.epoch_begun, self.epoch_seen = time.time(), at.images_seen
         self.next_drawing = self.said = 0.0  # when pictures may be drawn again; when an epoch's line was printed
 
@@ -534,7 +534,7 @@ def accumulate_gradients(run, rows):
     the last micro-batch. The losses of all micro-batches and processes add up to the mean error.
     """
     begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
-    batch = len(rows) if end > begin else math.inf  # a process without an image takes part with one that does not count
+    batch = len(rows) if end > begin else math.inf  # a process without images computes one, which counts as zero
     share = [values[begin:max(end, begin + 1)] for values in (rows, *random_draws(run, len(rows)))]
     count, error = math.ceil(len(share[0]) / run.micro_batch), torch.zeros((), device=run.device)
     for number, (some, flip, t, noise) in enumerate(zip(*(values.tensor_split(count) for values in share)), 1):
@@ -723,7 +723,7 @@ def open_cache(path, size, files):
     """
     try:
         index_path, most = path.with_name(path.name + ".json"), 10_000 + sum(6 * len(name) + 2000 for name, *_ in files)
-        if path.is_file() and index_path.is_file() and index_path.stat().st_size < most:  # else not of these files
+        if path.is_file() and index_path.is_file() and index_path.stat().st_size < most:  # larger: not of these files
             saved = json.loads(index_path.read_text(encoding="utf-8"))
             index = {(str(name), int(length), int(ns)): str(reason) for name, length, ns, reason in saved["files"]}
             pixels = np.memmap(path, np.uint8, "c", shape=(sum(not reason for reason in index.values()), size, size, 3))
@@ -1048,7 +1048,7 @@ class Saver:
         """Begin to write what the function `state` returns, if it is time to and the last one is written."""
         if time.time() >= self.due and self.writing.done():
             self.writing.result()  # if the last write ended with a UserError, it is raised here
-            self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # early, to be on disk by then
+            self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # early, to be on disk in time
             self.writing = self.thread.submit(self.write, state())
 
     def save_last(self, state):

@@ -50,7 +50,7 @@ def test_data_noise_and_timesteps_of_a_step_are_on_the_card(fake_cuda):
                                 at=types.SimpleNamespace(step=0), cumulative_density=torch.ones(1000, device=CUDA))
     flip, t, noise = scriptc.random_draws(run, 8)
     faces = scriptc.Faces.__new__(scriptc.Faces)
-    faces.device, faces.mapped = CUDA, None
+    faces.device = CUDA
     faces.pixels = torch.zeros(10, 32, 32, 3, dtype=torch.uint8, device=CUDA)
     x_0 = faces.batch(torch.arange(8, device=CUDA), flip)
     x_t, _ = scriptc.forward_diffusion(x_0, t, fake_cuda.alphas_cumprod, noise)
