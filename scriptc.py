@@ -1243,7 +1243,7 @@ def draw_samples(args, device):
         pixels = load_images(args.dataroot, args.image_size, args.results)[1]
         ratio = save_nearest(pictures, pixels, args.results / "nearest.png").median()
         say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
-            "between a training image and its closest other one; below 1, the network repeats its images")
+            "between a training image and its closest other one; far below 1, the network repeats its images")
     except UserError as error:
         say(f"no nearest.png: {error}")
     write_page(args.results)
