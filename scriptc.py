@@ -1,39 +1,39 @@
 """Teach a network to draw faces of people who do not exist, by denoising diffusion.
 
-    python scriptc.py                         train on every image below fake_face/, or resume the run begun there
+    python scriptc.py                         train on every image below fake_face/, or resume the run started there
     python scriptc.py --demo                  the same within a few minutes, on faces that the program draws itself
     python scriptc.py --sample 64             no training: draw 64 new faces with the trained network
-    torchrun --nproc_per_node=2 scriptc.py    any of these with two processes, for instance one for each of two cards
+    torchrun --nproc_per_node=2 scriptc.py    any of these with two processes, for instance one for each of two GPUs
 
-Order of the file: settings, method (schedule, network, sampling), training, data, pictures, checkpoint, plumbing, main.
-Read settings and method first; they are the whole algorithm. `training_step` and `train` show how it is trained.
+Order of the file: settings, method (schedule, network, sampling), training, data, pictures, checkpoint, plumbing,
+main. Read settings and method first; they are the whole algorithm. `training_step` and `train` show how it is
+trained.
 
-The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols: x_0 is
-an image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's alpha-bar_t.
+The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols: x_0
+is an image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's alpha-bar_t.
 Sampling adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
 """
 
 import time
 
-START = time.time()  # before the slow imports, since --minutes includes them
+START = time.monotonic()  # before the slow imports, since --minutes includes them
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import hashlib
 import json
 import math
 import os
 import pathlib
-import secrets
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import types
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,27 +44,36 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 HERE = pathlib.Path(__file__).resolve().parent
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0))  # number of this process, set by torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class UserError(Exception):
     """An error that only the user can correct. Its text is one sentence that says how."""
 
 
-# ------------------------------------------------------------------------------------------------------- settings ----
+# ---------------------------------------------------------------------------------------------------- settings ----
 
-NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
-LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the checkpoint
-STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
-DEMO_IMAGES, DEMO_SIZE, DEMO_MINUTES = 2000, 32, 5
+DEMO_IMAGES = 2000
+DEMO_DEFAULTS = {"image_size": 32, "minutes": 5}
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def between(kind, least, most, step=None):
-    """An argparse type: an int or a float (`kind`) from `least` to `most`, a multiple of `step` if that is given."""
+    """An argparse type: an int or a float (`kind`) from `least` to `most`, a multiple of `step` if that is
+    given."""
 
     def number(text):
         value = kind(text)  # argparse says what ValueError means
@@ -76,28 +85,30 @@ def between(kind, least, most, step=None):
     return number
 
 
-def build_parser():
+def build_parser(**options):
     """Every setting, its default and its unit."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]", description="Train a denoising diffusion network on faces, and draw new ones.",
+        **options, usage="%(prog)s [flags]", description="Train a diffusion network on faces, and draw new ones.",
         epilog="Training settings that are not given come from the checkpoint if there is one, else from the defaults.")
-    count, minutes = between(int, 1, 10**9), between(float, 1e-3, 1e6)
+    count = between(int, 1, 10**9)
+    minutes = between(float, 1e-3, 1e6)
     add = parser.add_argument_group("data").add_argument
     add("--dataroot", metavar="DIR", help="train on all images below it (default: fake_face beside the script)")
     add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
     add("--checkpoint", metavar="FILE", help="made, later resumed (default: model_checkpoint.pth beside the script)")
-    add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself; all is in results/demo")
+    add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself, into results/demo")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
-        help=f"side of the images in pixels, a multiple of 16 (default: 64, with --demo {DEMO_SIZE})")
+        help="side of the images in pixels, a multiple of 16 (default: 64, with --demo 32)")
     add("--channels", metavar="C", type=between(int, 8, 4096, 8), nargs="+",
-        help="width at each resolution, from the full one down (default: by device and image size)")
-    add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000, help="diffusion steps (default: 1000)")
+        help="width of the U-Net at each resolution, from the highest down (default: by device)")
+    add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000,
+        help="diffusion steps (default: 1000)")
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", metavar="N", type=count, default=64, help="images per step, all processes (default: 64)")
-    add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no other limit is given)")
+    add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no limit is given)")
     add("--minutes", metavar="M", type=minutes,
-        help=f"time for the run, start-up included (default: no limit, with --demo {DEMO_MINUTES})")
+        help="time for the run, start-up included (default: no limit, with --demo 5)")
     add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
     add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3, help="highest learning rate (default: 0.008)")
     add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="of all random numbers (default: 0)")
@@ -108,76 +119,45 @@ def build_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto, by hardware")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile (default: no)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="use torch.compile: the first step takes minutes, later ones may be faster (default: no)")
     return parser
 
 
-def read_settings(argv, config=None):
-    """The settings of the command line `argv`, completed by `config`, a checkpoint's settings, then by the defaults.
-    Touches no disk and no device. UserError where the command line contradicts the network of the checkpoint."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.demo and (args.dataroot or args.checkpoint):
-        parser.error("--demo draws its own faces, keeps all in results/demo: leave out --dataroot and --checkpoint")
-    defaults = {"image_size": DEMO_SIZE, "minutes": DEMO_MINUTES} if args.demo else {"epochs": 100}
-    defaults |= {name: config[name] for name in STORED} if config else {}
-    if any(vars(args)[name] for name in LIMITS):
-        defaults |= dict.fromkeys(LIMITS)
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
-    args.dataroot = args.results / "faces" if args.demo else pathlib.Path(args.dataroot or HERE / "fake_face")
-    args.checkpoint = pathlib.Path(args.checkpoint or (args.results if args.demo else HERE) / "model_checkpoint.pth")
-    args.begin_anew = "--results NEW_FOLDER" if args.demo else "--checkpoint NEW.pth"
-    for name in NETWORK if config else ():
-        if vars(args)[name] != config[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{args.checkpoint} holds another network ({flag} {config[name]} there, {vars(args)[name]} "
-                            f"here): leave out {flag} to resume it, or begin a new run with {args.begin_anew}")
-    if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
-        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as "
-                        "--channels requires: give fewer channels or another size")
-    return args
-
-
-def default_channels(device, image_size):
-    """Default width of the network at each resolution: small enough for a CPU to draw faces within minutes."""
-    if device.type == "cuda":
-        return [64, 128, 256, 512]
-    return [16, 64, 64, 192] if image_size <= 32 else [16, 32, 64, 128, 192]
-
-
-# --------------------------------------------------------------------------------------------------------- method ----
+# ------------------------------------------------------------------------------------------------------ method ----
 
 
 def linear_beta_schedule(timesteps):
-    """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4). The paper's range, 1e-4 to 0.02, is for
-    T = 1000. It is scaled by 1000 / T, so that for every T from 10 up hardly anything of the image is left at the end:
-    the product of 1 - beta is below 1e-4."""
+    """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4). The paper's range, 1e-4 to 0.02,
+    is for T = 1000. It is scaled by 1000 / T, so that for every T from 10 up hardly anything of the image is
+    left at the end: the product of 1 - beta is below 1e-4."""
     scale = 1000 / timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
 
 
 def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
     """Noise images in closed form: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, equation 4).
-    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), as x_0."""
+    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), as
+    x_0."""
     if noise is None:
         noise = torch.randn_like(x_0)
     a_t = alphas_cumprod[t][:, None, None, None]
     return (a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise).to(x_0.dtype), noise
 
 
-DENSITY_MEAN, DENSITY_DEVIATION = 1.0, 2.5  # of lambda at 32 px
+HEAD_CHANNELS = 16  # of the output layer at full resolution
+DENSITY_MEAN = 1.0  # of lambda at 32 px
+DENSITY_DEVIATION = 2.5
 
 
-def timestep_density(timesteps, image_size):
+def timestep_probabilities(timesteps, image_size):
     """Probability (T,), float64, with which the training draws each timestep.
 
-    With linear betas, half of all timesteps are almost pure noise, where the network can learn little. So timesteps are
-    drawn such that the log signal-to-noise ratio lambda = log(a_t / (1 - a_t)) has a normal density: the probability of
-    t is proportional to normal(lambda_t; mean, deviation) |d lambda / dt| (Hang et al. 2024, arXiv:2407.03297). In an
-    image of twice the side, noise of the same level hides half as much, so the mean is less by log 4 for each doubling
-    (Hoogeboom et al. 2023, arXiv:2301.11093).
+    With linear betas, half of all timesteps are almost pure noise, where the network can learn little. So
+    timesteps are drawn such that the log signal-to-noise ratio lambda = log(a_t / (1 - a_t)) has a normal
+    density: the probability of t is proportional to normal(lambda_t; mean, deviation) |d lambda / dt| (Hang
+    et al. 2024, arXiv:2407.03297). In an image of twice the side, noise of the same level hides half as much,
+    so the mean is less by log 4 for each doubling (Hoogeboom et al. 2023, arXiv:2301.11093).
     """
     a = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)
     log_snr = torch.log(a / (1 - a))
@@ -188,7 +168,8 @@ def timestep_density(timesteps, image_size):
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """Timesteps (B,) to (B, dim): sines, then cosines, of wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017, 3.5)."""
+    """Timesteps (B,) to (B, dim): sines, then cosines, of wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017,
+    3.5)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -201,9 +182,21 @@ class SinusoidalPositionEmbeddings(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
+def fold_of(image_size):
+    """Side, in pixels, of the cells on which the U-Net works: the largest of 1, 2, 4, 8 that leaves at least
+    32 x 32 cells, as many as can be halved three times."""
+    return max(fold for fold in (1, 2, 4, 8)
+               if fold == 1 or image_size >= 32 * fold and image_size % (8 * fold) == 0)
+
+
+def default_channels(device):
+    """Default width of the U-Net at each resolution: on a CPU small enough to draw faces within minutes."""
+    return [64, 128, 256, 512] if device.type == "cuda" else [32, 64, 64, 192]
+
+
 class Block(nn.Module):
-    """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each channel.
-    x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W)."""
+    """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each
+    channel. x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, c_time):
         super().__init__()
@@ -211,62 +204,86 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_projection = nn.Linear(c_time, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # at first the block is the identity, which makes deep networks easy to train
+        nn.init.zeros_(self.conv2.weight)  # at first the block is the identity: this eases training deep networks
         nn.init.zeros_(self.conv2.bias)
-        self.match = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time_embedding):
         scale, shift = self.time_projection(time_embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm(x)))
         h = self.conv2(F.silu(h * (1 + scale) + shift))
-        return self.match(x) + h
+        return self.shortcut(x) + h
 
 
 class SimpleUnet(nn.Module):
-    """Predicts the noise in x_t. A contracting path halves the image and deepens the features at each of `channels`;
-    then a bottleneck; then an expanding path doubles the image again. At each resolution the expanding path also gets
-    the features of the contracting path (skip connections, Ronneberger et al. 2015). Every block gets t, embedded.
+    """Predicts the noise in x_t. A contracting path halves the resolution and deepens the features at each of
+    `channels`; then a bottleneck; then an expanding path doubles the resolution again. At each resolution the
+    expanding path also gets the features of the contracting path (skip connections, Ronneberger et al. 2015).
+    Every block gets t, embedded.
 
-    The layers compute F, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) F with a_t = alphas_cumprod[t]. Near
-    pure noise x_t itself is the best prediction, and so no layer has to copy it (F is the v of Salimans & Ho 2022,
-    arXiv:2202.00512, with the opposite sign). `image_size` (px) must be divisible by 2 ** (len(channels) - 1).
+    The U-Net works on cells of fold x fold pixels, which become channels (`pixel_unshuffle`), and the output
+    layer, the only one at full resolution, gets x_t again. An image's structure needs many channels, its fine
+    detail few; and convolutions of few channels at full resolution take most of the time, since they are
+    bound by memory.
+
+    The layers compute v, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) v with a_t =
+    alphas_cumprod[t]. Near pure noise x_t itself is the best prediction, and so no layer has to copy it
+    (Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px) / fold_of(image_size) must be divisible by 2 **
+    (len(channels) - 1).
     """
 
-    def __init__(self, channels=(16, 32, 64, 128, 192), image_size=64, timesteps=1000):
+    def __init__(self, channels=(32, 64, 64, 192), image_size=64, timesteps=1000):
         super().__init__()
-        self.image_size, self.timesteps = image_size, timesteps
+        self.image_size = image_size
+        self.timesteps = timesteps
+        self.fold = fold_of(image_size)
         c_time = 256
+        c_pixel = HEAD_CHANNELS
         self.time_mlp = nn.Sequential(SinusoidalPositionEmbeddings(64), nn.Linear(64, c_time), nn.SiLU(),
                                       nn.Linear(c_time, c_time), nn.SiLU())
-        self.first = nn.Conv2d(3, channels[0], 3, padding=1)
-        narrow, wide = channels[:-1], channels[1:]
+        self.first = nn.Conv2d(3 * self.fold**2, channels[0], 3, padding=1)
+        pairs = list(zip(channels, channels[1:]))
         self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(narrow, wide))
+        self.downsample = nn.ModuleList(nn.Conv2d(c, deeper, 3, stride=2, padding=1) for c, deeper in pairs)
         self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
-        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(narrow, wide))
-        self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))
+        self.upsample = nn.ModuleList(nn.Conv2d(deeper, c, 1) for c, deeper in pairs)
+        self.unfold = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
+                                    nn.Conv2d(channels[0], c_pixel * self.fold**2, 3, padding=1))
+        self.last = nn.Sequential(nn.Conv2d(c_pixel + 3, c_pixel, 3, padding=1), nn.SiLU(),
+                                  nn.Conv2d(c_pixel, 3, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
         alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
-    def forward(self, x, t):
-        """x (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S, S)."""
-        x_t, time_embedding, skips = x, self.time_mlp(t), []
-        x = self.first(x)
+    def forward(self, x_t, t):
+        """x_t (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S,
+        S)."""
+        layout = memory_format(x_t.device)
+        time_embedding = self.time_mlp(t)
+        skips = []
+        x = self.first(F.pixel_unshuffle(x_t, self.fold).contiguous(memory_format=layout))
         for level, block in enumerate(self.down):
             x = block(x, time_embedding)
             skips.append(x)
-            if level < len(self.shrink):
-                x = self.shrink[level](x)
+            if level < len(self.downsample):
+                x = self.downsample[level](x)
         for block in self.bottleneck:
             x = block(x, time_embedding)
         for level in reversed(range(len(self.up))):
             x = self.up[level](torch.cat((x, skips[level]), dim=1), time_embedding)
             if level > 0:
-                x = F.interpolate(self.grow[level - 1](x), scale_factor=2)
+                x = double(self.upsample[level - 1](x))
+        x = F.pixel_shuffle(self.unfold(x), self.fold)
+        v = self.last(torch.cat((x, x_t), dim=1).contiguous(memory_format=layout))
         a_t = self.alphas_cumprod[t][:, None, None, None]
-        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * self.last(x)
+        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * v
+
+
+def double(x):
+    """Features (B, C, H, W) at twice the resolution, each repeated 2 x 2 times, in the number format of x."""
+    with torch.autocast(x.device.type, enabled=False):  # which would turn them to float32
+        return F.interpolate(x, scale_factor=2)
 
 
 SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, how many estimates of x_0 a step uses
@@ -278,48 +295,59 @@ SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, 
 
 
 def sampling_schedule(timesteps, steps):
-    """The timesteps that sample() visits, at most `steps` from the last to 0, quadratically closer towards 0 (Song et
-    al. 2021, appendix D.2), and a and b, as in sample(), of each and of the clean image at the end; three lists."""
+    """The timesteps that sample() visits, at most `steps` from the last to 0, quadratically closer towards 0
+    (Song et al. 2021, appendix D.2), and alpha and sigma, as in sample(), of each and of the clean image at
+    the end, whose sigma is 1e-9, since it needs a logarithm; three lists."""
     t = np.arange(timesteps) if steps >= timesteps else (timesteps - 1) * np.linspace(1, 0, steps) ** 2
     t = np.unique(t.round().astype(int))[::-1].tolist()
     alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)[t]
-    return t, [*alphas_cumprod.sqrt().tolist(), 1.0], [*(1 - alphas_cumprod).sqrt().tolist(), 0.0]
+    return t, [*alphas_cumprod.sqrt().tolist(), 1.0], [*(1 - alphas_cumprod).sqrt().tolist(), 1e-9]
 
 
 @torch.no_grad()
-def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, precision="fp32", on_step=None):
+def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=None, precision="fp32", on_step=None):
     """Draw `count` images, (count, 3, S, S) float32 in [-1, 1] on the CPU, from a trained SimpleUnet.
 
-    Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with a = sqrt(alphas_cumprod), the
-    share of the image, b = sqrt(1 - alphas_cumprod), the share of the noise, and q = (b_s / a_s) / (b_t / a_t):
+    Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with alpha =
+    sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod) and h = log(alpha_s / sigma_s) - log(alpha_t /
+    sigma_t) > 0:
 
-        x_s = (b_s / b_t) q^eta x_t  +  a_s (1 - q^(1 + eta)) x_0  +  b_s sqrt(1 - q^(2 eta)) fresh noise
+        x_s = (sigma_s / sigma_t) e^(-eta h) x_t + alpha_s (1 - e^(-(1 + eta) h)) D
+              + sigma_s sqrt(1 - e^(-2 eta h)) fresh noise
 
-    x_0 is the clean image that follows from the predicted noise, clipped to [-1, 1] and, for order 2, extrapolated from
-    this and the last estimate. eta = 1 with order 1 over all timesteps is the ancestral sampling of Ho et al. 2020.
+    D is the estimate of the clean image, x_0 = (x_t - sigma_t predicted noise) / alpha_t, clipped to [-1, 1].
+    With order 2 it is extrapolated from this and the last estimate: D = (1 + 1 / 2r) x_0 - (1 / 2r)
+    x_0_before with r = h_before / h (Lu et al. 2022, algorithm 2). eta = 1 with order 1 over all timesteps is
+    the ancestral sampling of Ho et al. 2020.
 
-    `steps` is the number of network evaluations. Image i of a `seed`, counted from `first`, does not depend on `count`.
-    `on_step(x_t, x_0)`, if given, is called before each step; return True to stop early.
+    `steps` is the number of network evaluations. Image i of a `seed`, counted from `first`, does not depend
+    on `count`. Sampling starts from `noise` (count, 3, S, S) if it is given. `on_step(x_t, x_0)`, if given,
+    is called before each step; return True to stop early.
     """
     device = next(model.parameters()).device
     eta, order = SAMPLERS[sampler]
+    count = count if noise is None else len(noise)
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    visited, a, b = sampling_schedule(model.timesteps, steps)
-    x, x_0_before, q_before = randn(streams, model.image_size), None, None
+    x = randn(streams, model.image_size) if noise is None else noise.to(device)
+    visited, alpha, sigma = sampling_schedule(model.timesteps, steps)
+    x_0_before = h_before = None
     for step, t in enumerate(visited):
         with autocast(device, precision):
-            noise = model(x, torch.full((count,), t, device=device)).float()
-        x_0 = ((x - b[step] * noise) / a[step]).clamp(-1, 1)
+            predicted = model(x, torch.full((count,), t, device=device)).float()
+        x_0 = ((x - sigma[step] * predicted) / alpha[step]).clamp(-1, 1)
         if on_step and on_step(x, x_0):
             break
-        q = (b[step + 1] / a[step + 1]) / (b[step] / a[step])
+        h = math.log(alpha[step + 1] / sigma[step + 1]) - math.log(alpha[step] / sigma[step])
         estimate = x_0
-        if order == 2 and step and q > 0:
-            estimate = x_0 + (x_0 - x_0_before) * math.log(q) / math.log(q_before) / 2
-        x = (b[step + 1] / b[step]) * q**eta * x + a[step + 1] * (1 - q ** (1 + eta)) * estimate
-        if eta and q > 0:
-            x = x + b[step + 1] * math.sqrt(1 - q ** (2 * eta)) * randn(streams, model.image_size)
-        x_0_before, q_before = x_0, q
+        if order == 2 and 0 < step < len(visited) - 1:
+            r = h_before / h
+            estimate = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+        kept = sigma[step + 1] / sigma[step] * math.exp(-eta * h)
+        x = kept * x + alpha[step + 1] * (1 - math.exp(-(1 + eta) * h)) * estimate
+        if eta:
+            x = x + sigma[step + 1] * math.sqrt(1 - math.exp(-2 * eta * h)) * randn(streams, model.image_size)
+        x_0_before = x_0
+        h_before = h
     return x.cpu()
 
 
@@ -342,343 +370,417 @@ def autocast(device, precision):
 
 
 def memory_format(device):
-    """The layout of images and weights for `device`: channels last, except on Apple GPUs, where that is slow (pytorch
-    issues 193349 and 193623)."""
+    """The layout of images and weights for `device`: channels last, except on Apple GPUs, where that is slow
+    (pytorch issues 193349 and 193623)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-# ------------------------------------------------------------------------------------------------------- training ----
+# ---------------------------------------------------------------------------------------------------- training ----
 
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # share of the first i of n steps in the average: (i / n) ** 12, so mostly the last tenth counts
-CORE_PIXELS = 16 * 64**2  # most pixels of a micro-batch for each CPU core: more do not fit in its cache (ABLATIONS.md)
-HELDOUT_MOST = 512  # held-out images that the error is measured on
+CORE_PIXELS = 16 * 64**2  # most pixels of a micro-batch for each CPU core: more do not fit in its cache
+COMPARED_MOST = 512  # held-out images, and as many training images, on which the losses are measured
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
-LOOK_SECONDS, LOG_SECONDS = 2, 30  # between looks at the loss, and between lines of a log file
+LOOK_SECONDS = 2  # between looks at the loss
+LOG_SECONDS = 30  # between lines of a log file
+LINE_SECONDS = 5  # between the lines of two epochs, at least, with which metrics.csv is written
 
-# a, b, c of each iteration S <- a S + b S^3 + c S^5: the ones that bring singular values from 0.01 to 1 closest to 1 in
-# three iterations, found as in Amsel et al. 2025 (arXiv:2505.16932, section 3). The results lie between 0.73 and 1.27.
+# a, b, c of each iteration S <- a S + b S^3 + c S^5: the ones that bring singular values from 0.01 to 1 closest to 1
+# in three iterations, found as in Amsel et al. 2025 (arXiv:2505.16932, section 3). Results: from 0.73 to 1.27.
 NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 
 def orthogonalize(x):
-    """A matrix x = U S V' (M, N) to about U V' (M, N), by Newton-Schulz iterations.
+    """Matrices x = U S V' (N, rows, columns) to about U V', by Newton-Schulz iterations.
 
-    Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x' has only
-    the shorter side of x, which in a 3 x 3 convolution of equal widths is a ninth of the longer one.
+    Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x'
+    has only the shorter side of x, which in a 3 x 3 convolution of equal widths is a ninth of the longer one.
     """
-    if x.shape[0] > x.shape[1]:
-        return orthogonalize(x.T).T
-    x = x / (x.norm() + 1e-7)
-    gram, product = x @ x.T, torch.eye(len(x), device=x.device)
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    polynomial = product = None
     for a, b, c in NEWTON_SCHULZ:
-        polynomial = b * gram + c * gram @ gram
-        polynomial.diagonal().add_(a)
-        gram, product = polynomial @ gram @ polynomial, polynomial @ product
+        if product is not None:
+            gram = polynomial @ gram @ polynomial
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
     return product @ x
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolution kernels (outputs, inputs, K, K).
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for convolution kernels (outputs, inputs,
+    K, K).
 
-    The momentum of a kernel's gradient, a matrix (outputs, inputs x K x K), is orthogonalized before it is subtracted,
-    so that an update is as large in rare directions as in common ones. With the factor 0.2 sqrt(longer side) (Liu et
-    al. 2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning rate serves both.
+    The momentum of a kernel's gradient, a matrix (outputs, K x K x inputs), is orthogonalized before it is
+    subtracted, so that an update is as large in rare directions as in common ones. With the factor 0.2
+    sqrt(longer side) (Liu et al. 2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning
+    rate serves both. Kernels of equal shape are one parameter group and are updated together.
+
+    Where `found_inf`, a tensor (), is 1, nothing changes, as in torch's fused optimizers.
     """
 
-    def __init__(self, weights, lr):
-        super().__init__(weights, {"lr": lr})
-        for weight in self.param_groups[0]["params"]:
-            self.state[weight]["momentum"] = torch.zeros_like(weight)
+    def __init__(self, kernels, lr):
+        groups = {}
+        for kernel in kernels:
+            groups.setdefault(kernel.shape, []).append(kernel)
+        super().__init__([{"params": group} for group in groups.values()], {"lr": lr})
+        self.found_inf = torch.zeros((), device=kernels[0].device)
 
     @torch.no_grad()
     def step(self):
-        for weight in self.param_groups[0]["params"]:
-            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-            matrix = weight.grad.lerp(momentum, MOMENTUM).flatten(1)
-            rate = 0.2 * math.sqrt(max(matrix.shape)) * self.param_groups[0]["lr"]
-            weight.sub_(rate * orthogonalize(matrix).view_as(weight))
+        for group in self.param_groups:
+            kernels = group["params"]
+            gradient = torch.stack([kernel.grad.permute(0, 2, 3, 1).flatten(1) for kernel in kernels])
+            state = self.state[kernels[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            gradient = torch.where(self.found_inf > 0, momentum, gradient)
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            update = orthogonalize(gradient.lerp_(momentum, MOMENTUM))
+            update *= (1 - self.found_inf) * (0.2 * math.sqrt(max(update.shape[1:])) * group["lr"])
+            sides = kernels[0].shape[2:]
+            updates = [matrix.unflatten(1, (*sides, -1)).permute(0, 3, 1, 2) for matrix in update]
+            torch._foreach_sub_(kernels, updates)
 
 
-def build_optimizers(model, lr, device):
-    """Muon for convolution kernels, Adam for all other weights and for the first and last layer, which meet pixels. The
-    learning rate is a tensor on the device, so that a step can change it without waiting for the device."""
+def build_optimizers(model, lr):
+    """Muon for convolution kernels, Adam for all other weights and for the layers that meet pixels."""
     plain = {*model.first.parameters(), *model.last.parameters()}
     kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
     others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
-    return {"muon": Muon(kernels, torch.tensor(lr, device=device)),
-            "adam": torch.optim.Adam(others, torch.tensor(lr, device=device), betas=(0.9, 0.99), fused=True)}
+    return {"muon": Muon(kernels, lr), "adam": torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=True)}
 
 
-def learning_rate(highest, part):
-    """The learning rate when the part `part` (0 to 1) of the run is done."""
-    return highest * min(1, (part + 1e-3) / WARM_UP) * (1 - part)
+def learning_rate(highest, done):
+    """The learning rate when the part `done` (0 to 1) of the run is done."""
+    return highest * min(1, (done + 1e-3) / WARM_UP) * (1 - done)
 
 
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come. All of it is in the checkpoint."""
-
-    epoch: int = 0  # whole epochs
-    step: int = 0  # optimizer steps
-    images_seen: int = 0
-    images_in_epoch: int = 0  # those of images_seen that belong to the current epoch
-    losses: list = dataclasses.field(default_factory=lambda: [0.0, 0.0])  # sum and number of this epoch's batch errors
-    seconds: float = 0.0  # of all starts together, start-up included
-    first_step: float = 0.0  # `seconds` at the first step
-    history: list = dataclasses.field(default_factory=list)  # rows of metrics.csv
-    images: int = 0  # identifies the set of training images of the current epoch
-    heldout: list = dataclasses.field(default_factory=list)  # identify the held-out images that are compared over time
+NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
+    "epoch": 0,  # whole epochs
+    "step": 0,  # optimizer steps
+    "images_seen": 0,
+    "images_in_epoch": 0,  # those of images_seen that belong to the current epoch
+    "seconds": 0.0,  # of all starts together, start-up included
+    "seconds_at_first_step": 0.0,
+    "seconds_of_drawing": 0.0,  # of the latest pictures, with metrics; 0 before the first ones
+    "seconds_of_saving": 0.0,  # of the latest checkpoint
+    "history": [],  # rows of metrics.csv
+    "images_hash": "",  # identifies the set of training images of the current epoch
+    "compared": [],  # hashes of the images whose losses are compared
+}
 
 
 class Run:
-    """One training run: what does not change (settings, data, networks), and `at`, how far it has come."""
+    """One training run: what does not change (settings, device, networks, data), and `progress`."""
 
-    def __init__(self, args, device, saved=None):
-        """Begin a run with the settings `args`, or resume the checkpoint `saved`."""
-        fields = [field.name for field in dataclasses.fields(Progress)]
-        self.args, self.device, self.precision = args, device, choose_precision(args.precision, device)
-        self.at = at = Progress(**{name: saved[name] for name in fields} if saved else {})
-        with rank_0_first():
-            names, pixels, self.skipped = load_images(args.dataroot, args.image_size, args.results)
-        self.train_rows, self.heldout_rows, at.heldout, images = split(names, at.heldout)
-        if broadcast(at.epoch, at.step, images) != (at.epoch, at.step, images):
-            raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: --checkpoint and "
-                            "--dataroot must be on a disk that all machines share")
-        if images != at.images:  # the folder has changed: begin the epoch anew with the images of today
-            at.images, at.images_in_epoch, at.losses = images, 0, [0.0, 0.0]
-        at.history = [row for row in at.history if row[0] <= at.epoch]  # an interrupted epoch gets its row later
-        self.faces, self.saver = Faces(pixels, device), Saver(args.checkpoint, 60 * args.save_minutes)
-
+    def __init__(self, args, device):
+        """A run at its beginning, without images: settings, networks and optimizers. Needs no disk."""
+        self.args = args
+        self.device = device
+        self.precision = choose_precision(args.precision, device)
+        self.progress = types.SimpleNamespace(**NEW_RUN | {"history": []})
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm for each convolution
         torch.backends.cuda.matmul.allow_tf32 = True
-        self.model = build_network(vars(args), saved and saved["model"], device)
-        self.ema = build_network(vars(args), saved["ema"] if saved else self.model.state_dict(), device)
-        self.ema.eval().requires_grad_(False)  # the average of the model's weights, which draws the pictures
-        self.network = torch.compile(self.model) if args.compile else self.model  # the model as training calls it
-        if PROCESSES > 1:
-            self.network = nn.parallel.DistributedDataParallel(self.network)
-        self.weights, self.averages = list(self.model.parameters()), list(self.ema.parameters())
-        self.cumulative_density = timestep_density(args.timesteps, args.image_size).cumsum(0).float().to(device)
-        self.optimizers = build_optimizers(self.model, args.lr, device)
+        self.model = build_network(vars(args), device)
+        self.ema = build_network(vars(args), device)  # the average of the weights, which draws the pictures
+        self.ema.load_state_dict(self.model.state_dict())
+        self.ema.eval().requires_grad_(False)
+        if args.compile:
+            self.model.compile(dynamic=True)  # the batches of an epoch differ by one image
+        self.weights = list(self.model.parameters())
+        self.averages = list(self.ema.parameters())
+        self.optimizers = build_optimizers(self.model, args.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        if saved:
-            self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # {} if it was not fp16
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(saved["optimizer"][name])
-                optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(device)
-        self.losses, self.bad_steps = torch.tensor(at.losses, device=device), torch.zeros((), device=device)
-
-        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images that go through the network at a time
+        self.cumulative = timestep_probabilities(args.timesteps, args.image_size).cumsum(0).float().to(device)
+        self.losses = torch.zeros(2, device=device)  # sum and number of the losses since the last look
+        self.bad_steps = torch.zeros((), device=device)  # the latest consecutive steps without a finite gradient
+        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images in the network at a time
         if device.type == "cpu":
             fit = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
             self.micro_batch = max(1, min(self.micro_batch, fit))
-        self.epoch_begun, self.epoch_seen = time.time(), at.images_seen
-        self.next_drawing = self.said = 0.0  # when pictures may be drawn again; when an epoch's line was printed
+        self.save_due = time.monotonic()  # the first checkpoint is made at once: it shows that it can be
+        self.next_drawing = self.next_line = self.next_look = 0.0
+        self.speed = 0.0  # training images a second
+        self.about = []
+        self.real = None  # RealFaces, once pictures are drawn
 
+    def restore(self, saved):
+        """Continue from the checkpoint `saved`. UserError where its parts do not fit together."""
+        try:
+            self.progress = types.SimpleNamespace(**{name: saved[name] for name in NEW_RUN})
+            self.model.load_state_dict(saved["model"])
+            self.ema.load_state_dict(saved["ema"])
+            self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # {} if it was not fp16
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(saved["optimizer"][name])
+            for weight, moments in self.optimizers["adam"].state.items():
+                for name in ("exp_avg", "exp_avg_sq"):  # in the layout that this device needs
+                    moments[name] = torch.empty_like(weight).copy_(moments[name])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the parts of {saved['file']} do not fit together ({first_line(error)}): "
+                            f"{self.args.start_over}") from None
+
+    def open_images(self):
+        """Find the images and begin where `progress` says. UserError where processes differ in what they
+        see."""
+        args = self.args
+        progress = self.progress
+        with rank_0_first():
+            names, self.faces, self.skipped = load_images(args, self.device)
+        self.train_numbers, heldout, trained, progress.compared = split(names, progress.compared)
+        self.compared = {"train": trained, "heldout": heldout}
+        images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers]).encode()).hexdigest()
+        seen = (progress.epoch, progress.step, int(images_hash[:12], 16))
+        if broadcast(*seen) != seen:
+            raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: --checkpoint "
+                            "and --dataroot must be on a disk that all machines share")
+        if images_hash != progress.images_hash:  # the folder has changed: the epoch starts over with today's images
+            progress.images_hash = images_hash
+            progress.images_in_epoch = 0
+        progress.history = [row for row in progress.history if row[0] <= progress.epoch]  # the rest is added later
     def seconds(self):
         """Seconds of all starts of this run together."""
-        return self.at.seconds + time.time() - START
+        return self.progress.seconds + time.monotonic() - START
 
     def images_per_second(self):
-        """Training images a second in this epoch; in the whole run before this start's first step of the epoch."""
-        seen = self.at.images_seen - self.epoch_seen
-        return seen / (time.time() - self.epoch_begun) if seen else self.at.images_seen / self.seconds()
+        """Training images a second in this epoch; of the whole run where this start has seen none of the epoch."""
+        seen = self.progress.images_seen - self.epoch_seen
+        seconds = time.monotonic() - self.epoch_begun if seen else self.seconds()
+        return (seen or self.progress.images_seen) / (seconds + 1e-6)
 
-    def part_done(self):
-        """The part of the run that is done, 0 to 1, by epochs, steps or the clock, which counts from the first step."""
-        at, args = self.at, self.args
-        epochs = at.epoch + at.images_in_epoch / len(self.train_rows)
-        part = max(epochs / (args.epochs or math.inf), at.step / (args.max_steps or math.inf))
-        if args.minutes and at.step:
-            evaluations = len(self.heldout_rows) + 64 * args.sample_steps  # at the end, in rank 0 alone
-            speed = max(self.images_per_second(), at.images_seen / self.seconds()) / PROCESSES  # training images
-            rest = 0.4 * evaluations / speed + 1.2 * self.saver.cost + 3  # an evaluation takes 0.3 to 0.4 of an image
-            budget = 60 * args.minutes - min(rest, 20 * args.minutes) - at.first_step
-            part = max(part, (self.seconds() - at.first_step) / max(budget, 0.1))
-        return min(part, 1.0)
+    def done(self):
+        """The part of the run that is done, 0 to 1, by epochs, steps or the clock. The clock counts from the
+        first step, and leaves twice the time that the latest pictures and checkpoint took, at most half, for
+        the last ones. Before there are pictures, an evaluation is taken to last a third of a training step,
+        its forward pass."""
+        progress = self.progress
+        args = self.args
+        epochs = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
+        done = max(epochs / (args.epochs or math.inf), progress.step / (args.max_steps or math.inf))
+        if args.minutes and progress.step:
+            trained = self.seconds() - progress.seconds_at_first_step
+            drawing = progress.seconds_of_drawing or 64 * args.sample_steps * trained / 3 / progress.images_seen
+            reserve = 2 * (drawing + progress.seconds_of_saving)
+            budget = 60 * args.minutes - min(reserve, 30 * args.minutes) - progress.seconds_at_first_step
+            done = max(done, trained / max(budget, 0.1))
+        return min(done, 1.0)
 
     def seconds_left(self):
-        return (self.seconds() - self.at.first_step) * (1 / max(self.part_done(), 1e-6) - 1)
+        return (self.seconds() - self.progress.seconds_at_first_step) * (1 / max(self.done(), 1e-6) - 1)
 
-    def state(self, finished=False):
-        """What a checkpoint holds, as a copy on the CPU, which training does not change any more."""
-        progress = dataclasses.asdict(self.at) | {"seconds": self.seconds(), "losses": self.losses.tolist()}
+    def state(self, finished):
+        """What a checkpoint holds, on the CPU."""
+        progress = vars(self.progress) | {"seconds": self.seconds()}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         state = {**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
                  "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
                  "config": {name: vars(self.args)[name] for name in STORED}}
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
 
 
 def random_draws(run, count):
-    """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device. They depend on
-    (seed, step) alone: they are the same after a restart and for any number of processes. The timesteps follow
-    timestep_density, one from each of `count` intervals of equal probability (stratified sampling)."""
-    stream, size = generator("step", run.args.seed, run.at.step, device=run.device), run.args.image_size
+    """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device. They
+    depend on (seed, step) alone: they are the same after a restart and for any number of processes. The
+    timesteps follow timestep_probabilities, one from each of `count` intervals of equal probability
+    (stratified sampling)."""
+    stream = generator("step", run.args.seed, run.progress.step, device=run.device)
+    size = run.args.image_size
     flip = torch.rand(count, generator=stream, device=run.device) < 0.5
     position = torch.rand(count, generator=stream, device=run.device)
     quantile = (torch.arange(count, device=run.device) + position) / count
-    t = torch.searchsorted(run.cumulative_density, quantile).clamp(max=run.args.timesteps - 1)
+    t = torch.searchsorted(run.cumulative, quantile).clamp(max=run.args.timesteps - 1)
     noise = torch.randn(count, size, size, 3, generator=stream, device=run.device).permute(0, 3, 1, 2)
     return flip, t, noise.contiguous(memory_format=memory_format(run.device))
 
 
-def accumulate_gradients(run, rows):
-    """Noise the images `rows` (B,), predict the noise, L1 loss, backward, in micro-batches. Returns the mean error, ().
+def accumulate_gradients(run, numbers):
+    """Noise the images `numbers` (B,), predict the noise, L1 loss, backward, in micro-batches. Returns the
+    loss, ().
 
-    Each process takes its share of the batch, and DistributedDataParallel averages the gradients of all processes after
-    the last micro-batch. The losses of all micro-batches and processes add up to the mean error.
+    Each process takes its share of the batch. The losses and the gradients of all micro-batches of all
+    processes add up to those of the batch's mean.
     """
-    begin, end = len(rows) * RANK // PROCESSES, len(rows) * (RANK + 1) // PROCESSES  # this process's share
-    batch = len(rows) if end > begin else math.inf  # a process without images computes one, which counts as zero
-    share = [values[begin:max(end, begin + 1)] for values in (rows, *random_draws(run, len(rows)))]
-    count, error = math.ceil(len(share[0]) / run.micro_batch), torch.zeros((), device=run.device)
-    for number, (some, flip, t, noise) in enumerate(zip(*(values.tensor_split(count) for values in share)), 1):
+    begin = len(numbers) * RANK // PROCESSES
+    end = len(numbers) * (RANK + 1) // PROCESSES
+    batch = len(numbers) if end > begin else math.inf  # a process without images computes one, which counts as zero
+    mine = slice(begin, max(end, begin + 1))
+    share = [values[mine].split(run.micro_batch) for values in (numbers, *random_draws(run, len(numbers)))]
+    loss = torch.zeros((), device=run.device)
+    for some, flip, t, noise in zip(*share):
         x_t, _ = forward_diffusion(run.faces.batch(some, flip), t, run.model.alphas_cumprod, noise)
-        with contextlib.nullcontext() if number == count or PROCESSES == 1 else run.network.no_sync():
-            with autocast(run.device, run.precision):
-                predicted = run.network(x_t, t)
-            loss = F.l1_loss(predicted.float(), noise, reduction="sum") / (batch * noise[0].numel())
-            run.scaler.scale(loss * PROCESSES).backward()
-        error += loss.detach()
-    if PROCESSES > 1:
-        dist.all_reduce(error)
-    return error
+        with autocast(run.device, run.precision):
+            predicted = run.model(x_t, t)
+        part = F.l1_loss(predicted.float(), noise, reduction="sum") / (batch * noise[0].numel())
+        run.scaler.scale(part).backward()
+        loss += part.detach()
+    return loss
 
 
-def training_step(run, rows, part):
-    """One optimizer step on images `rows` (B,), row numbers in run.faces, when `part` (0 to 1) of the run is done. If
-    the gradient is not finite, it and the learning rate are set to zero on the device, without waiting for it. If there
-    is too little memory for a micro-batch, its size is halved and the same step repeated."""
-    error = None
-    while error is None:
+def sum_over_processes(weights, loss):
+    """Sum the gradients of `weights` in place, and the loss (), which is returned, over all processes."""
+    values = torch.cat([loss.view(1), *(weight.grad.flatten() for weight in weights)])
+    dist.all_reduce(values)
+    loss, *gradients = values.split([1, *(weight.numel() for weight in weights)])
+    for weight, gradient in zip(weights, gradients):
+        weight.grad.copy_(gradient.view_as(weight))
+    return loss.squeeze()
+
+
+def training_step(run, numbers, done):
+    """One optimizer step on images `numbers` (B,) of run.faces when the part `done` (0 to 1) of the run is
+    done. If the loss or the gradient is not finite, no weight changes, without a wait for the device. If
+    there is too little memory for a micro-batch, its size is halved and the same step repeated."""
+    loss = None
+    while loss is None:
         run.model.zero_grad()
         try:
-            error = accumulate_gradients(run, rows)
-        except RuntimeError as failure:
-            run.micro_batch = halved(run.micro_batch, failure)
-            if PROCESSES > 1:  # all would have to repeat the step
-                raise UserError(f"process {RANK} has too little memory for its share of the batch: give a smaller "
-                                "--batch-size") from None
+            loss = accumulate_gradients(run, numbers)
+        except RuntimeError as error:
+            run.micro_batch = halve_or_raise(run.micro_batch, error)
+    if PROCESSES > 1:
+        loss = sum_over_processes(run.weights, loss)
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
-    finite = nn.utils.clip_grad_norm_(run.weights, 1.0).isfinite() & error.isfinite()
-    for weight in run.weights:
-        weight.grad = torch.where(finite, weight.grad, 0)
+    finite = (nn.utils.clip_grad_norm_(run.weights, 1.0) + loss).isfinite()
     for optimizer in run.optimizers.values():
-        optimizer.param_groups[0]["lr"].copy_(learning_rate(run.args.lr, part) * finite)
+        optimizer.found_inf = (~finite).float()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.args.lr, done)
         optimizer.step()
     run.scaler.update()
-    run.at.step += 1
-    run.at.images_seen += len(rows)
-    run.at.images_in_epoch += len(rows)
-    with torch.no_grad():
-        torch._foreach_lerp_(run.averages, run.weights, 1 - (1 - 1 / run.at.step) ** EMA_POWER)
-    run.losses += torch.where(finite, torch.stack((error, torch.ones_like(error))), 0)
+    run.progress.step += 1
+    run.progress.images_seen += len(numbers)
+    run.progress.images_in_epoch += len(numbers)
+    with torch.no_grad():  # the power-function average of Karras et al. 2024 (arXiv:2312.02696)
+        torch._foreach_lerp_(run.averages, run.weights, 1 - (1 - 1 / run.progress.step) ** EMA_POWER)
+    run.losses += torch.where(finite, torch.stack((loss, torch.ones_like(loss))), 0)
     run.bad_steps = torch.where(finite, 0, run.bad_steps + 1)
 
 
 @torch.no_grad()
-def heldout_loss(run):
-    """Mean L1 error of the averaged network on held-out images, for uniform timesteps and noise that never change, so
-    that runs of any timestep density can be compared."""
-    count, error = len(run.heldout_rows), 0.0
-    timesteps = ((torch.arange(count) + 0.5) / count * run.args.timesteps).long().to(run.device)
-    for numbers in torch.arange(count).split(run.micro_batch):
-        streams = [generator("held-out", number, device=run.device) for number in numbers.tolist()]
-        x_0, t = run.faces.batch(run.heldout_rows[numbers]), timesteps[numbers]
-        x_t, noise = forward_diffusion(x_0, t, run.model.alphas_cumprod, randn(streams, run.args.image_size))
+def compared_loss(run, numbers):
+    """Mean L1 loss of the averaged network on the images `numbers`, under the training's density of
+    timesteps. Noise and timesteps are the same every time, and for training images the same as for held-out
+    ones."""
+    quantile = ((torch.arange(len(numbers)) + 0.5) / len(numbers)).to(run.device)
+    timesteps = torch.searchsorted(run.cumulative, quantile).clamp(max=run.args.timesteps - 1)
+    loss = 0.0
+    for places in torch.arange(len(numbers)).split(run.micro_batch):
+        streams = [generator("compared", place, device=run.device) for place in places.tolist()]
+        t = timesteps[places]
+        noise = randn(streams, run.args.image_size)
+        x_t, _ = forward_diffusion(run.faces.batch(numbers[places]), t, run.model.alphas_cumprod, noise)
         with autocast(run.device, run.precision):
             predicted = run.ema(x_t, t)
-        error += F.l1_loss(predicted.float(), noise).item() * len(numbers) / count
-    return error
+        loss += F.l1_loss(predicted.float(), noise).item() * len(places) / len(numbers)
+    return loss
 
 
 def batches_left(run):
-    """Row numbers (B,) of each batch that is left of this epoch. Their order depends on (seed, epoch) alone."""
-    order = torch.randperm(len(run.train_rows), generator=generator("order", run.args.seed, run.at.epoch))
-    rest = run.train_rows[order][run.at.images_in_epoch:].to(run.faces.pixels.device)
+    """Numbers (B,) of the images of each batch that is left of this epoch. Their order depends on (seed,
+    epoch)."""
+    order = torch.randperm(len(run.train_numbers), generator=generator("order", run.args.seed, run.progress.epoch))
+    rest = run.train_numbers[order][run.progress.images_in_epoch:].to(run.faces.rows.device)
     return rest.tensor_split(math.ceil(len(rest) / run.args.batch_size)) if len(rest) else ()
 
 
+def look(run, bar):
+    """Show the loss, renew the page. UserError where training diverges. Waits for the device, so not in each
+    step."""
+    if run.bad_steps >= BAD_STEPS:
+        raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the checkpoint "
+                        "with a lower --lr or with --precision fp32")
+    run.speed = run.images_per_second()
+    total, count = run.losses.tolist()
+    run.losses.zero_()
+    bar.status = f"loss {total / max(count, 1):.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
+    warn_if_not_written(write_page, run.args.results, run, "training")
+    run.next_look = time.monotonic() + LOOK_SECONDS
+
+
 def end_epoch(run, at_end, stop):
-    """Metrics, a line and pictures of an epoch, or of the part of it with which the run ends; only in rank 0."""
-    at, args, begun = run.at, run.args, time.time()
-    if at.images_in_epoch and run.losses[1]:  # no row without a finite step
-        loss, speed, heldout = (run.losses[0] / run.losses[1]).item(), run.images_per_second(), heldout_loss(run)
-        rate = run.optimizers["adam"].param_groups[0]["lr"].item()
-        at.history.append([at.epoch + 1, at.step, at.images_seen, loss, heldout, rate, speed, run.seconds()])
-        if at_end or begun - run.said > 10:
-            run.said = begun
-            lowest, minutes = min(row[4] for row in at.history), run.seconds_left() / 60
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
-            say(f"epoch {at.epoch + 1}: step {at.step:,}, loss {loss:.4f}, held out {heldout:.4f} (lowest {lowest:.4f})"
-                f", {speed:.0f} images/s, {minutes:.1f} minutes left{memory}")
-    with replacing(args.results / "metrics.csv") as file:  # always whole, so that no row is cut off or there twice
-        file.writelines(f"{','.join(map(str, row))}\r\n".encode() for row in (COLUMNS, *at.history))
-    if at.history and (at_end or begun > run.next_drawing):
-        draw_pictures(run, args.sample_steps if at_end else max(1, args.sample_steps // 2), stop)
-        run.next_drawing = time.time() + (time.time() - begun) / DRAWING_SHARE
+    """Metrics, pictures and a line of an epoch, or of the part of it with which the run ends; only in rank
+    0."""
+    progress = run.progress
+    args = run.args
+    history = progress.history
+    begun = time.monotonic()
+    if progress.images_in_epoch:
+        losses = [compared_loss(run, run.compared[name]) for name in ("train", "heldout")]
+        rate = run.optimizers["adam"].param_groups[0]["lr"]
+        history.append([progress.epoch + 1, progress.step, progress.images_seen, *losses, None, rate,
+                        run.speed, run.seconds()])
+    if history and (at_end or begun >= run.next_drawing):
+        write_page(args.results, run, "drawing")
+        history[-1][DISTANCE] = draw_pictures(run, stop)
+        progress.seconds_of_drawing = time.monotonic() - begun
+        run.next_drawing = time.monotonic() + progress.seconds_of_drawing / DRAWING_SHARE
+    if history and (at_end or begun >= run.next_line):
+        run.next_line = begun + LINE_SECONDS
+        epoch, step, _, trained, heldout, distance, _, speed, _ = history[-1]
+        far = "" if distance is None else f", sample distance {distance:.2f}"
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
+        say(f"epoch {epoch}: step {step:,}, loss {trained:.4f}, held out {heldout:.4f}{far}, {speed:.0f} images/s, "
+            f"{run.seconds_left() / 60:.1f} minutes left{memory}")
+        with replacing(args.results / "metrics.csv") as file:  # always whole: no row is cut off or there twice
+            for row in (COLUMNS, *history):
+                file.write(f"{','.join('' if value is None else str(value) for value in row)}\r\n".encode())
 
 
-def train(run):
-    """Train to the end of the run. Returns the exit status: 0 finished, 130 stopped by Ctrl-C or SIGTERM."""
-    at, args, stop, at_end, stopped, looked = run.at, run.args, [], False, False, 0.0
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first ends the run, the second ends the program at once
-        signal.signal(number, lambda *_: os._exit(130) if stop else stop.append(True))
+def train(run, stop):
+    """Train to the end of the run or until `stop`, a threading.Event, is set. Returns whether it was
+    stopped."""
+    progress = run.progress
+    at_end = stopped = False
     while not (at_end or stopped):
-        bar = Bar(f"epoch {at.epoch + 1}", len(run.train_rows), at.images_in_epoch)
-        run.epoch_begun, run.epoch_seen = time.time(), at.images_seen
-        for rows in batches_left(run):
-            part, stopped = broadcast(run.part_done(), bool(stop))
-            if stopped or part >= 1:
+        bar = Bar(f"epoch {progress.epoch + 1}", len(run.train_numbers), progress.images_in_epoch)
+        run.epoch_begun = time.monotonic()
+        run.epoch_seen = progress.images_seen
+        for numbers in batches_left(run):
+            saving = time.monotonic() >= run.save_due
+            done, stopped, saving = broadcast(run.done(), stop.is_set(), saving)
+            if stopped or done >= 1:
                 break
-            at.first_step = at.first_step or run.seconds()
-            training_step(run, rows, part)
-            if RANK == 0:
-                run.saver.save_if_due(run.state)  # writes in the background
-                bar.update(len(rows))
-            if RANK == 0 and time.time() - looked > LOOK_SECONDS:  # not in each step, since it waits for the device
-                looked, left = time.time(), run.seconds_left() / 60
-                bar.status = f"loss {run.losses[0] / run.losses[1]:.4f}, {left:.1f} minutes left in all"
-                warn_if_not_written(write_page, args.results, run, "training")
-                if run.bad_steps >= BAD_STEPS:
-                    raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume "
-                                    "the checkpoint with a lower --lr or with --precision fp32")
-        bar.close()
-        at_end, stopped = broadcast(run.part_done() >= 1, bool(stop))
-        if RANK == 0 and not stopped:
-            warn_if_not_written(end_epoch, run, at_end, stop)
-        if not stopped and at.images_in_epoch >= len(run.train_rows):
-            at.epoch, at.images_in_epoch = at.epoch + 1, 0
-            run.losses.zero_()
-        stopped, = broadcast(bool(stop))  # a last grid that Ctrl-C cut short is drawn at the next start
-    if RANK == 0:
-        run.saver.save_last(run.state(finished=not stopped))
-        warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
-    say(f"Stopped after {at.step} steps, checkpoint saved: the same command resumes the run." if stopped else
-        f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
-    return 130 if stopped else 0
+            progress.seconds_at_first_step = progress.seconds_at_first_step or run.seconds()
+            training_step(run, numbers, done)
+            if saving:
+                save(run)
+            bar.update(len(numbers))
+            if RANK == 0 and time.monotonic() >= run.next_look:
+                look(run, bar)
+        at_end, stopped = broadcast(run.done() >= 1, stop.is_set())
+        if RANK == 0:
+            look(run, bar)
+            bar.close()
+            if not stopped:
+                warn_if_not_written(end_epoch, run, at_end, stop)
+        if not stopped and progress.images_in_epoch >= len(run.train_numbers):
+            progress.epoch += 1
+            progress.images_in_epoch = 0
+        stopped, = broadcast(stop.is_set())  # a last grid that Ctrl-C cut short is drawn at the next start
+    save(run, last=True, finished=not stopped)
+    return stopped
 
 
-# ----------------------------------------------------------------------------------------------------------- data ----
+# -------------------------------------------------------------------------------------------------------- data ----
 
 Image.init()
+Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow warns from there on, and refuses images of more than twice as many
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-MAX_PIXELS = 64_000_000
 HELDOUT_ONE_IN = 20
 
 
 def read_image(path, size):
-    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8. Pillow's errors."""
+    """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8."""
     with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"claims {image.width} x {image.height} pixels")
         image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled as it is decoded, to no less than twice the size
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits per channel, which Pillow would clip
@@ -691,130 +793,154 @@ def read_image(path, size):
 
 
 def decode(path, size):
-    """read_image for any file: (pixels, "") or (None, the reason to skip it)."""
+    """(pixels, reason to skip the file or "", whether that lies in its bytes and so stays) of any file."""
+    reason = "not a file"
+    stays = False
     try:
-        return (read_image(path, size), "") if os.path.isfile(path) else (None, "not a file")
+        if os.path.isfile(path):
+            return read_image(path, size), "", True
     except UnidentifiedImageError:
-        return None, "not an image that this program can read"
+        reason = "not an image that this program can read"
+        stays = True
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
-        return None, printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        reason = printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        stays = not (getattr(error, "errno", None) or isinstance(error, MemoryError))  # such as a disk that is busy
+    return 0, reason, stays
 
 
-def list_files(root):
-    """Sorted (name, bytes, modified in ns) of every file below `root`, through links, without hidden ones."""
-    files, visited = [], set()
+def list_files(root, leave_out=()):
+    """{key: name} of every file below `root`, sorted by name, through links, without hidden ones and without
+    the folders `leave_out` (real paths). The key is a hash of name, length and time of change."""
+    files = {}
+    visited = {*leave_out} - {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
-        seen = os.path.realpath(folder) in visited  # through a link
+        if os.path.realpath(folder) in visited:
+            folders.clear()
+            continue
         visited.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not seen)
-        for path in (os.path.join(folder, name) for name in names if not name.startswith(".") and not seen):
-            size, modified = 0, 0
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            file = [os.path.relpath(path, root).replace(os.sep, "/")]
             with contextlib.suppress(OSError):  # a link to nowhere, or deleted since
-                size, modified = os.stat(path).st_size, os.stat(path).st_mtime_ns
-            files.append((os.path.relpath(path, root).replace(os.sep, "/"), size, modified))
-    return sorted(files)
+                file += [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+            files[hashlib.sha256(repr(file).encode()).hexdigest().encode()] = file[0]
+    return dict(sorted(files.items(), key=lambda file: file[1]))
 
 
-def open_cache(path, size, files):
-    """({(name, bytes, modified): reason to skip it or ""}, memory-mapped pixels) of the cache; ({}, None) if damaged.
-
-    `path` has the pixels of all files without a reason, (N, size, size, 3) uint8, then a random token; `path`.json has
-    the same token and, in the same order, [name, bytes, modified, reason] of all files.
-    """
-    try:
-        index_path, most = path.with_name(path.name + ".json"), 10_000 + sum(6 * len(name) + 2000 for name, *_ in files)
-        if path.is_file() and index_path.is_file() and index_path.stat().st_size < most:  # larger: not of these files
-            saved = json.loads(index_path.read_text(encoding="utf-8"))
-            index = {(str(name), int(length), int(ns)): str(reason) for name, length, ns, reason in saved["files"]}
-            pixels = np.memmap(path, np.uint8, "c", shape=(sum(not reason for reason in index.values()), size, size, 3))
-            with open(path, "rb") as file:
-                file.seek(pixels.nbytes)
-                if file.read(100) == saved["token"].encode():
-                    return index, pixels
-    except Exception:  # a damaged file can make the readers raise almost anything
-        pass
-    return {}, None
+def open_cache(path, kind):
+    """(memory-mapped records, {key: number of its record}) of the whole records of type `kind` at `path`."""
+    count = path.stat().st_size // kind.itemsize if path.is_file() else 0
+    records = np.memmap(path, kind, "c", shape=(count,)) if count else np.zeros(0, kind)
+    return records, {key: number for number, key in enumerate(records["file"].tolist())}
 
 
-def write_cache(path, size, root, files, index, pixels):
-    """Write the cache of `files`: copies what an older cache (index, pixels) has of them and decodes the rest."""
-    rows = {file: row for row, file in enumerate(file for file, reason in index.items() if not reason)}
-    written, token, bar = [], secrets.token_hex(8), Bar(f"reading images at {size} px", len(files))
-    with replacing(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+def fill_cache(path, kind, root, files):
+    """Append the records of `files`, {key: name}, to the cache. Returns {key: reason} of those that could not
+    be read for a reason that may pass. The next start resumes where this one is interrupted."""
+    passing = {}
+    size = kind["pixels"].shape[0]
+    bar = Bar(f"reading images at {size} px", len(files))
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with open(path, "r+b" if path.exists() else "xb") as out, pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
-        with contextlib.suppress(KeyboardInterrupt):  # the next start goes on from what is done
-            for some in (files[first:first + 256] for first in range(0, len(files), 256)):  # all would fill the memory
-                new = [file for file in some if file not in index]
-                decoded = dict(zip(new, pool.map(lambda file: decode(os.path.join(root, file[0]), size), new)))
-                for file in some:
-                    image, reason = decoded.get(file) or (pixels[rows[file]] if file in rows else None, index[file])
-                    out.write(b"" if image is None else image.data)
-                    written.append([*file, reason])
-                    bar.update(1)
-        out.write(token.encode())
-    with replacing(path.with_name(path.name + ".json")) as out:
-        out.write(json.dumps({"token": token, "files": written}).encode())
+        out.seek(out.seek(0, os.SEEK_END) // kind.itemsize * kind.itemsize)  # over a record that was cut off
+        for some in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill the memory
+            paths = [os.path.join(root, files[key]) for key in some.tolist()]
+            for key, (pixels, reason, stays) in zip(some.tolist(), pool.map(decode, paths, [size] * len(paths))):
+                if stays:
+                    out.write(np.array((key, reason.encode(), pixels), kind).tobytes())
+                else:
+                    passing[key] = reason
+                bar.update(1)
     bar.close()
-    if len(written) < len(files):
-        raise KeyboardInterrupt
+    return passing
 
 
-def load_images(root, size, results):
-    """(names, their memory-mapped pixels, {name: reason} of skipped images) of all images below `root`, decoded once
-    and then kept in a cache that follows the folder. It is in `root`, or in `results` where `root` cannot be written.
-    UserError where there are fewer than two images."""
-    files = list_files(root)
-    path = pathlib.Path(root if os.access(root, os.W_OK) else results, f".faces_{size}px.cache")
-    index, pixels = open_cache(path, size, files)
-    if [*index] != files:
-        write_cache(path, size, root, files, index, pixels)
-        index, pixels = open_cache(path, size, files)
-    names = [name for (name, *_), reason in index.items() if not reason]
-    skipped = {name: reason for (name, *_), reason in index.items() if reason and name.lower().endswith(SUFFIXES)}
-    if len(names) < 2:
+def load_images(args, device):
+    """(names, Faces, {name: reason} of skipped images) of all images below args.dataroot, decoded once and
+    then kept in a cache of one file. It is in the data folder, or in the results where that cannot be
+    written. UserError where there are fewer than two images."""
+    root = args.dataroot
+    files = list_files(root, {os.path.realpath(args.results), os.path.realpath(args.checkpoint.parent)})
+    path = pathlib.Path(root if os.access(root, os.W_OK) else args.results, f".faces_{args.image_size}px.cache")
+    shape = (args.image_size, args.image_size, 3)
+    kind = np.dtype([("file", "S64"), ("reason", "S200"), ("pixels", np.uint8, shape)])  # a record of the cache
+    while not (reserved := lock(path)):
+        say(f"another start is reading images into {path}: waiting")
+        time.sleep(3)
+    with reserved:
+        records, numbers = open_cache(path, kind)
+        if path.is_symlink() or len(records) > 2 * len(numbers.keys() & files.keys()):  # mostly of files that are gone
+            del records
+            numbers = {}
+            with contextlib.suppress(OSError):  # on Windows it stays while another run uses it
+                path.unlink()
+        new = {key: name for key, name in files.items() if key not in numbers}
+        passing = fill_cache(path, kind, root, new) if new else {}
+    records, numbers = open_cache(path, kind)
+    reasons = {key: passing.get(key) or records["reason"][numbers[key]].decode(errors="replace") for key in files}
+    used = [key for key in files if not reasons[key]]
+    skipped = {files[key]: reason for key, reason in reasons.items()
+               if reason and files[key].lower().endswith(SUFFIXES)}
+    if len(used) < 2:
         raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: run "
                         "download_images.py to fetch faces, or name a folder with --dataroot (--demo needs none)")
-    return names, pixels, skipped
+    faces = Faces(records["pixels"], [numbers[key] for key in used], device)
+    return [files[key] for key in used], faces, skipped
 
 
 def split(names, compared=()):
-    """(training rows, held-out rows, hashes of the held-out rows, a number that identifies the training images). The
-    hash of an image's path below the data root decides, so an image stays on its side as the folder grows. The held-out
-    rows returned are those whose hashes are in `compared`, or if there are none, the first HELDOUT_MOST."""
+    """Numbers of the training images, of the held-out and of the training images whose losses are compared,
+    and the hashes of these two. The hash of an image's path below the data root decides what is held out, so
+    an image stays on its side as the folder grows. The same images as before, those with the hashes
+    `compared`, are compared until there could be twice as many."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little") for name in names])
-    known, order = np.isin(hashes, compared), hashes.argsort()
-    heldout = (hashes % HELDOUT_ONE_IN == 0) | known
+    order = hashes.argsort()
+    heldout = (hashes % HELDOUT_ONE_IN == 0)
     if heldout.all() or not heldout.any():  # neither side is ever empty
-        heldout[order[0]], heldout[order[-1]] = True, False
-    rows = order[(heldout & known)[order]] if (heldout & known).any() else order[heldout[order]][:HELDOUT_MOST]
-    return (torch.from_numpy(np.flatnonzero(~heldout)), torch.from_numpy(rows), hashes[rows].tolist(),
-            zlib.crc32(hashes[~heldout].tobytes()))
+        heldout[order[0]] = True
+        heldout[order[-1]] = False
+    sides = [order[heldout[order]], order[~heldout[order]]]
+    count = min(COMPARED_MOST, *map(len, sides))
+    known = [side[np.isin(hashes[side], compared)] for side in sides]
+    if 2 * min(map(len, known)) <= count:
+        known = [side[:count] for side in sides]
+    training = torch.from_numpy(np.flatnonzero(~heldout))
+    return training, *map(torch.from_numpy, known), hashes[np.concatenate(known)].tolist()
 
 
 class Faces:
-    """The cached pixels as batches on a device. They stay on a card if they take less than a quarter of its memory."""
+    """The images as batches on a device. `pixels` (M, S, S, 3) uint8 are those of the cache; image i is
+    pixels[rows[i]]. They are copied to a GPU if they take less than a quarter of its memory."""
 
-    def __init__(self, pixels, device):
-        self.device, self.pixels = device, torch.from_numpy(pixels)
-        if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.pixels = self.pixels.to(device)
+    def __init__(self, pixels, rows, device):
+        self.device = device
+        self.pixels = torch.from_numpy(pixels)
+        self.rows = torch.tensor(rows)
+        if device.type == "cuda" and len(rows) * self.pixels[0].numel() < torch.cuda.mem_get_info(device)[0] / 4:
+            self.pixels = torch.cat([self.pixels[some].to(device) for some in self.rows.split(1000)])
+            self.rows = torch.arange(len(self.rows), device=device)
 
-    def batch(self, rows, flip=None):
-        """Images x_0 (B, 3, S, S) in [-1, 1] of `rows` (B,), mirrored where `flip` (B,) is True."""
-        images = self.pixels[rows.to(self.pixels.device)].to(self.device)
+    def batch(self, numbers, flip=None):
+        """Images x_0 (B, 3, S, S) in [-1, 1] of `numbers` (B,), mirrored where `flip` (B,) is True."""
+        images = self.pixels[self.rows[numbers.to(self.rows.device)]]
+        if self.device.type == "cuda" and images.device.type == "cpu":  # copied while the GPU still computes
+            images = images.pin_memory()
+        images = images.to(self.device, non_blocking=self.device.type == "cuda")
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
-        return to_x_0(images).contiguous(memory_format=memory_format(self.device))
+        x_0 = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return x_0.contiguous(memory_format=memory_format(self.device))
 
 
-def to_x_0(pixels):
-    """Images (B, S, S, 3) uint8 as (B, 3, S, S) float32 in [-1, 1]."""
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+# ---------------------------------------------------------------------------------------------------- pictures ----
 
-
-# ------------------------------------------------------------------------------------------------------- pictures ----
-
-COLUMNS = ("epoch", "step", "images_seen", "train_loss", "heldout_loss", "lr", "images_per_second", "seconds")
+COLUMNS = ("epoch", "step", "images_seen", "train_loss", "heldout_loss", "sample_distance", "lr",
+           "images_per_second", "seconds")
+DISTANCE = COLUMNS.index("sample_distance")
+GRID = "epoch_{}_step_{}.png"
+DISTANCE_SIDE = 16  # of the small pictures that sample_distance compares
+DISTANCE_MOST = 2000  # real images that it uses
 
 
 def to_image(x):
@@ -825,42 +951,55 @@ def to_image(x):
 def save_grid(images, path, columns=8):
     """Images (N, 3, S, S) in [-1, 1] as one PNG, `columns` a row, padding 2."""
     with replacing(path) as file:
-        to_image(make_grid(images, nrow=columns, padding=2, pad_value=-1)).save(file, "PNG")
+        save_image(images, file, "PNG", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
-def draw(model, count, at_once=64, first=0, **settings):
+def draw(model, count, noise=None, at_once=64, first=0, **settings):
     """sample() of `count` images, at most `at_once` at a time, fewer where memory is too small."""
     images = []
     while len(images) < count:
-        part = min(at_once, count - len(images))
+        some = min(at_once, count - len(images))
+        start = None if noise is None else noise[len(images):len(images) + some]
         try:
-            images.extend(sample(model, part, first=first + len(images), **settings))
+            images.extend(sample(model, some, first=first + len(images), noise=start, **settings))
         except RuntimeError as error:
-            at_once = halved(part, error)
+            at_once = halve_or_raise(some, error)
     return torch.stack(images)
 
 
-def draw_pictures(run, steps, stop):
-    """Grid, denoising strip, loss curve and animation of this moment of the run, with `steps` evaluations per image."""
-    folder, history, stages = run.args.results, run.at.history, []
+def draw_pictures(run, stop):
+    """Grid, denoising strip, loss curve and animation of this moment of the run. Returns the sample distance,
+    or None if `stop` is set before the images are finished."""
+    args = run.args
+    history = run.progress.history
+    folder = args.results
+    stages = []
 
     def on_step(x_t, x_0):
         stages.append((x_t[:4].cpu(), x_0[:4].cpu()))
-        return stop
+        return stop.is_set()
 
-    images = draw(run.ema, 64, steps=steps, seed=run.args.seed, precision=run.precision, on_step=on_step)
-    if not stop:
-        save_grid(images, folder / "epoch_{}_step_{}.png".format(*history[-1]))
-        first = stages[:len(sampling_schedule(run.args.timesteps, steps)[0])]  # of draw()'s first pass
-        save_denoising([*first, (images[:4], images[:4])], folder / "denoising.png")
-        save_animation([folder / name for *_, name in grids(folder, history)], folder / "progress.webp")
+    images = draw(run.ema, 64, steps=args.sample_steps, seed=args.seed, precision=run.precision, on_step=on_step)
     save_curve(history, folder / "loss.png")
+    if stop.is_set():
+        return None
+    save_grid(images, folder / GRID.format(*history[-1]))
+    stages = stages[:len(sampling_schedule(args.timesteps, args.sample_steps)[0])]  # of draw()'s first images
+    save_denoising([*stages, (images[:4], images[:4])], folder / "denoising.png")
+    if not run.real:
+        run.real = RealFaces(run.faces, run.train_numbers)
+    distance = run.real.sample_distance(images)
+    history[-1][DISTANCE] = distance
+    paths = [folder / name for *_, name in grids(folder, history)]
+    chosen = np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int))
+    save_animation([Image.open(paths[number]).convert("RGB") for number in chosen], folder / "progress.webp", last=2500)
+    return distance
 
 
 def save_denoising(stages, path, columns=10):
-    """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same moments,
-    chosen such that the pictures change equally from column to column. `stages` are pairs (x_t, x_0), each (N, 3, S,
-    S), noisiest first."""
+    """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same
+    moments, chosen such that the pictures change equally from column to column. `stages` are pairs (x_t,
+    x_0), each (N, 3, S, S), noisiest first."""
     pictures = torch.stack([torch.stack(pair, dim=1) for pair in stages])  # (moments, N, 2, 3, S, S)
     change = F.pad(pictures.diff(dim=0).abs().flatten(1).mean(dim=1).cumsum(0), (1, 0))
     chosen = torch.searchsorted(change, torch.linspace(0, 1, columns) * change[-1]).clamp(max=len(stages) - 1)
@@ -869,40 +1008,100 @@ def save_denoising(stages, path, columns=10):
 
 def grids(folder, history):
     """[epoch, step, file name] of every grid of this run that is in `folder`, oldest first."""
-    named = ([epoch, step, f"epoch_{epoch}_step_{step}.png"] for epoch, step, *_ in history)
-    return [grid for grid in named if (folder / grid[2]).exists()]
+    drawn = [[*row[:2], GRID.format(*row)] for row in history if row[DISTANCE] is not None]
+    return [grid for grid in drawn if (folder / grid[2]).exists()]
 
 
-def save_animation(paths, path, frames=60, side=1100):
-    """At most `frames` of the grids `paths`, evenly chosen, as a WebP animation at most `side` pixels wide."""
-    pictures = []
-    for number in np.unique(np.linspace(0, len(paths) - 1, frames).round().astype(int)):
-        with Image.open(paths[number]) as picture:
-            scale = max(1, round(540 / picture.width))  # small pictures are enlarged, each pixel to a square
-            pictures.append(ImageOps.scale(picture.convert("RGB"), scale, Image.Resampling.NEAREST))
-            pictures[-1].thumbnail((side, side))
+def save_animation(pictures, path, last=150, side=1100):
+    """Pillow images as a WebP animation at most `side` pixels wide; the last one is shown for `last` ms,
+    others 150."""
+    scale = max(1, round(540 / pictures[0].width))  # small pictures are enlarged, each pixel to a square
+    frames = [ImageOps.scale(picture, scale, Image.Resampling.NEAREST) for picture in pictures]
+    for frame in frames:
+        frame.thumbnail((side, side))
     with replacing(path) as file:
-        pictures[0].save(file, "WEBP", save_all=True, append_images=pictures[1:], loop=0, quality=75,
-                         duration=[150] * (len(pictures) - 1) + [2500])
+        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], loop=0, quality=75,
+                       duration=[150] * (len(frames) - 1) + [last])
 
 
-def distances(images, pixels):
-    """Euclidean distances (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, whichever is closer,
-    and training images, pixels (M, S, S, 3) uint8."""
+def draw_morph(model, path, seed, frames=8, **settings):
+    """The first eight samples turning into one another in a loop: images drawn from noise between theirs, by
+    spherical interpolation, `frames` from each sample to the next."""
+    device = next(model.parameters()).device
+    starts = randn([generator("sample", seed, number, device=device) for number in range(8)], model.image_size)
+    between_them = []
+    for start, end in zip(starts, starts.roll(-1, 0)):
+        angle = torch.acos(F.cosine_similarity(start.flatten(), end.flatten(), dim=0))
+        between_them += [(torch.sin((1 - part) * angle) * start + torch.sin(part * angle) * end) / torch.sin(angle)
+                         for part in np.arange(frames) / frames]
+    images = draw(model, len(between_them), torch.stack(between_them), **settings)
+    save_animation([to_image(image) for image in images], path, last=150)
+
+
+class RealFaces:
+    """What sample_distance compares with: mean and covariance of real images reduced to 16 x 16 pixels."""
+
+    def __init__(self, faces, numbers):
+        """Of at most DISTANCE_MOST of the images `numbers`, and of their mirror images."""
+        chosen = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), DISTANCE_MOST)).astype(int)]
+        reduced = torch.cat([self.reduce(faces.batch(some)) for some in chosen.split(256)])
+        count = max(1, min(64, len(chosen) // 2))
+        usual = []
+        for repeat in range(8):
+            order = torch.randperm(len(chosen), generator=generator("usual", repeat))
+            self.measure(reduced[order[count % len(order):]])
+            usual.append(self.frechet_distance(reduced[order[:count]]))
+        self.measure(reduced)
+        self.usual = max(float(np.mean(usual)), 1e-9)
+
+    @staticmethod
+    def reduce(images):
+        return F.interpolate(images.cpu(), (DISTANCE_SIDE, DISTANCE_SIDE), mode="area").double()
+
+    def measure(self, reduced):
+        values = torch.cat((reduced, reduced.flip(3))).flatten(1)
+        self.mean = values.mean(0)
+        self.covariance = values.T.cov()
+
+    def frechet_distance(self, reduced):
+        """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)) of means and covariances of small pictures (N, 3, s, s)
+        and of the real ones (Dowson & Landau 1982). The root's trace is that of a matrix of N x N."""
+        values = reduced.flatten(1)
+        centred = (values - values.mean(0)) / math.sqrt(max(1, len(values) - 1))
+        root = torch.linalg.eigvalsh(centred @ self.covariance @ centred.T).clamp(min=0).sqrt().sum()
+        offset = (values.mean(0) - self.mean).square().sum()
+        return (offset + centred.square().sum() + self.covariance.trace() - 2 * root).item()
+
+    def sample_distance(self, images):
+        """The Fréchet distance of images (N, 3, S, S) in [-1, 1], 64 at a time, to the real ones, divided by
+        its usual value for 64 real images against the others: 1 means as far as real faces are. It is Heusel
+        et al. 2017's (arXiv:1706.08500) on pixels, so it needs no other network. It sees pose, colours,
+        outlines and how much faces vary. It does not see fine detail, nor that a sample is a copy of a
+        training image."""
+        sets = [some for some in images.split(64) if len(some) == 64 or len(images) < 64]
+        return float(np.mean([self.frechet_distance(self.reduce(some)) for some in sets])) / self.usual
+
+
+def distances(images, faces):
+    """Euclidean distances (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, whichever
+    is closer, and the M images of `faces`."""
     both = torch.stack((images, images.flip(3))).flatten(2)
-    parts = (to_x_0(part).flatten(1) for part in torch.from_numpy(pixels).split(1000))
-    return torch.cat([torch.cdist(both, part).amin(0) for part in parts], dim=1)
+    others = (faces.batch(some).flatten(1) for some in torch.arange(len(faces.rows)).split(1000))
+    return torch.cat([torch.cdist(both, some).amin(0) for some in others], dim=1)
 
 
-def save_nearest(images, pixels, path):
-    """Each of `images` (N, 3, S, S) beside the closest training image, with a number: their distance, divided by the
-    median distance between a training image and its closest other one. Returns the numbers (N,)."""
-    rows = np.linspace(0, len(pixels) - 1, min(len(pixels), 200)).astype(int)
-    between = distances(to_x_0(torch.from_numpy(pixels[rows])), pixels)
-    between[np.arange(len(rows)), rows] = math.inf
-    least, closest = distances(images, pixels).min(dim=1)
-    ratios = least / between.amin(1).median()
-    pairs, lines = torch.stack((images, to_x_0(torch.from_numpy(pixels[closest]))), dim=1), math.ceil(len(images) / 4)
+def save_nearest(images, faces, path):
+    """Each of `images` (N, 3, S, S) beside the closest of `faces`, with a number: their distance, divided by
+    the median distance between a real image and its closest different one. Returns the numbers (N,), NaN
+    where all are equal."""
+    some = torch.from_numpy(np.linspace(0, len(faces.rows) - 1, min(len(faces.rows), 200)).astype(int))
+    apart = distances(faces.batch(some), faces)
+    apart[apart < 0.004 * math.sqrt(images[0].numel())] = math.inf  # itself and its copies: half a grey level
+    usual = apart.amin(1).median()
+    least, closest = distances(images, faces).min(dim=1)
+    ratios = least / usual if usual.isfinite() else torch.full_like(least, math.nan)
+    pairs = torch.stack((images, faces.batch(closest)), dim=1)
+    lines = math.ceil(len(images) / 4)
     figure = Figure(figsize=(8, 1.2 * lines), layout="constrained")
     for number, pair in enumerate(pairs):
         axes = figure.add_subplot(lines, 4, number + 1)
@@ -915,15 +1114,17 @@ def save_nearest(images, pixels, path):
 
 
 def save_curve(history, path):
-    """The loss curve: one point for each epoch, against images seen."""
+    """The losses: one point for each epoch, against images seen."""
     table = dict(zip(COLUMNS, zip(*history)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images, uniform timesteps")):
+    for name, label in (("train_loss", "training images"), ("heldout_loss", "held-out images")):
         axes.plot(table["images_seen"], table[name], label=label, marker="." if len(history) < 30 else None)
-    lowest, median = min(table["train_loss"] + table["heldout_loss"]), sorted(table["train_loss"])[len(history) // 2]
+    losses = table["train_loss"] + table["heldout_loss"]
+    median = sorted(losses)[len(losses) // 2]
+    highest = max(1.3 * median, 1.05 * table["heldout_loss"][-1])  # cuts off the first fall
     axes.set(xlabel="images seen", ylabel="L1 error of the predicted noise", xlim=(0, None),
-             ylim=(0.9 * lowest, max(1.3 * median, 1.05 * table["heldout_loss"][-1])))  # cuts off the first fall
+             ylim=(0.9 * min(losses), highest))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -932,29 +1133,36 @@ def save_curve(history, path):
 
 
 def write_page(folder, run=None, status=None):
-    """run.js, the data of index.html: a function call, since a page that is opened from disk can load scripts only.
-    Without `run` only the list of pictures is renewed."""
-    data, path = {}, folder / "run.js"
+    """run.js, the data of index.html: a function call, since a page that is opened from disk can load scripts
+    only. Without `run` only the list of pictures is renewed."""
+    path = folder / "run.js"
     if run:
-        rows = run.at.history
-        speed = run.images_per_second() if status == "training" or not rows else rows[-1][6]
-        data = {"state": status, "progress": run.part_done(), "seconds": run.seconds(), "columns": COLUMNS,
-                "seconds_left": run.seconds_left(), "images_per_second": speed, "settings": run.about,
-                "history": rows[::-math.ceil(len(rows) / 1000) or -1][::-1], "grids": grids(folder, rows),
+        rows = run.progress.history
+        every = math.ceil(len(rows) / 1000)
+        thinned = [row for number, row in enumerate(rows, 1)
+                   if row[DISTANCE] is not None or (len(rows) - number) % every == 0]
+        data = {"state": status, "progress": run.done(), "seconds": run.seconds(), "columns": COLUMNS,
+                "seconds_left": run.seconds_left(), "images_per_second": run.speed, "settings": run.about,
+                "history": thinned, "grids": grids(folder, rows),
                 "grid": {"side": run.args.image_size, "padding": 2, "per_row": 8, "count": 64}}
-    elif path.exists():
-        data = json.loads(path.read_text(encoding="utf-8").removeprefix("show(").removesuffix(");\n"))
-    else:  # no run to show
-        return
-    names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "metrics.csv")
+    else:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8").removeprefix("show(").removesuffix(");\n"))
+        except (OSError, ValueError):  # there is no run to show, or the file is damaged
+            return
+    names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "morph.webp", "metrics.csv")
     data |= {"pictures": [name for name in names if (folder / name).exists()], "updated": time.time()}
     with replacing(path) as file:
         file.write(f"show({json.dumps(data)});\n".encode())
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoint ----
+# -------------------------------------------------------------------------------------------------- checkpoint ----
 
-VERSION = 2  # of the checkpoint's format and network
+VERSION = 3  # of the checkpoint's format and network
+NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
+LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the checkpoint
+STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
+MOST_VALUES = 16_000_000  # bytes of a checkpoint that are not weights; about 160,000 rows of metrics
 RETRY_SECONDS = 30
 
 
@@ -964,10 +1172,13 @@ def previous_path(path):
 
 
 def save_checkpoint(path, state):
-    """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before. OSError or
-    RuntimeError where that fails, UserError where a weight is not finite: the file at `path` then stays."""
-    if not all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values()):
-        raise UserError(f"the weights are not finite any more: resume {path}, which is good, with a lower --lr")
+    """Write `state`, a nested dict of CPU tensors, whole or not at all, and keep the checkpoint before.
+    OSError or RuntimeError where that fails, UserError where a weight is not finite: the file at `path` then
+    stays."""
+    weights = (*state["model"].values(), *state["ema"].values())
+    if not all(weight.isfinite().all() for weight in weights):
+        saved = f"resume {path}, which is good," if path.exists() else "run the command again"
+        raise UserError(f"the weights are not finite any more: {saved} with a lower --lr")
     with replacing(path) as file:
         torch.save(state, file)
         file.flush()
@@ -976,22 +1187,84 @@ def save_checkpoint(path, state):
             os.replace(path, previous_path(path))
 
 
+def save(run, last=False, finished=False):
+    """Save the checkpoint of `run`, in rank 0. A failure is a warning, and the next try follows soon; for the
+    `last` checkpoint it is a UserError after three tries."""
+    keep_weights_equal(run)
+    path = run.args.checkpoint
+    for attempt in range(3 if last else 1) if RANK == 0 else ():
+        begun = time.monotonic()
+        time.sleep(attempt * RETRY_SECONDS / 6)
+        try:
+            save_checkpoint(path, run.state(finished))
+            run.progress.seconds_of_saving = time.monotonic() - begun
+            run.save_due = begun + 60 * run.args.save_minutes
+            return
+        except (OSError, RuntimeError) as error:
+            before = "the one before stays" if path.exists() else "there is none yet"
+            problem = f"{path} could not be saved ({first_line(error)}), {before}"
+            say(f"warning: {problem}. Is the disk full?")
+            run.save_due = begun + min(60 * run.args.save_minutes, RETRY_SECONDS)
+    if last and RANK == 0:
+        raise UserError(f"{problem}: make room on the disk, then the same command resumes the run")
+
+
+def keep_weights_equal(run):
+    """Several processes take the same steps, so their weights are equal. Where a defect of a device has made
+    them differ, those of rank 0 are taken, with a warning."""
+    if PROCESSES > 1:
+        sums = [weight.double().sum().item() for weight in run.weights]
+        different = torch.tensor(float(broadcast(*sums) != tuple(sums)))
+        dist.all_reduce(different)
+        if different:
+            say(f"warning: {different:.0f} processes have other weights than process 0: its weights are used")
+            for weight in (*run.weights, *run.averages):
+                dist.broadcast(weight.data, 0)
+
+
+def check_values(saved):
+    """ValueError where the dict `saved` lacks something, or has a value that the command line could not
+    have."""
+    expected = {**{name: dict for name in ("model", "ema", "optimizer", "scaler", "config")}, "finished": bool,
+                **{name: type(value) for name, value in NEW_RUN.items()}}
+    for name, kind in expected.items():
+        if not isinstance(saved.get(name), kind):
+            raise ValueError(f"{name} is missing or not as it should be")
+    if not all(isinstance(row, list) and len(row) == len(COLUMNS) for row in saved["history"]):
+        raise ValueError("its history has other columns")
+    command = []
+    for name in STORED:
+        value = saved["config"][name]
+        if value is not None:
+            command += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+    parsed = build_parser(exit_on_error=False).parse_args(command)
+    with torch.device("meta"):  # needs no memory
+        weights = SimpleUnet(parsed.channels, parsed.image_size, parsed.timesteps).state_dict()
+    for name in ("model", "ema"):
+        if {key: value.shape for key, value in saved[name].items()} != {key: weights[key].shape for key in weights}:
+            raise ValueError("its weights do not fit its settings")
+
+
 def read_checkpoint(path, rename=False):
-    """The dict at `path`, or the one before where that is missing or damaged; None where there is none yet. With
-    `rename` a damaged one gets another name, so that nothing overwrites it. UserError where there are files, but none
-    that can be used. Only tensors and plain values are loaded, so nothing in a file is executed."""
+    """The dict at `path`, or the one before where that is missing or damaged, with its path as "file"; None
+    where there is none yet. With `rename` a damaged one gets another name, so that nothing overwrites it.
+    UserError where there are files, but none that can be used. Only tensors and plain values are loaded:
+    nothing is executed."""
     problem = ""
     for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
             with zipfile.ZipFile(candidate) as file:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
                     raise ValueError("it is damaged")  # or a decompression bomb
+                if sum(entry.file_size for entry in file.infolist() if entry.filename.endswith(".pkl")) > MOST_VALUES:
+                    raise ValueError("it holds more than this program writes")
             saved = torch.load(candidate, map_location="cpu", weights_only=True)
             if saved.get("version") != VERSION:
                 raise ValueError("it is not from this version of the program")
+            check_values(saved)
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
-            reason = (str(error) or type(error).__name__).partition("\n")[0]
-            problem = problem or f"{candidate} is not a checkpoint that this program can resume ({reason})"
+            problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
+                                  f"({first_line(error)})")
             continue
         if problem:
             broken = path.with_name(f"{path.name}.broken-{time.time():.0f}")
@@ -1000,94 +1273,65 @@ def read_checkpoint(path, rename=False):
             if rename:
                 with contextlib.suppress(OSError):  # in a folder that cannot be written it stays
                     os.replace(path, broken)
-        return saved
+        return saved | {"file": candidate}
     if problem:
-        raise UserError(f"{problem}: move it away to begin anew")
+        raise UserError(f"{problem}: to start over, move away {existing(path)}")
     return None
 
 
-def build_network(config, weights=None, device="cpu"):
-    """A SimpleUnet of the settings `config` with `weights`, a state dict or None; UserError where they do not fit."""
+def existing(path):
+    """Names of the checkpoint files at `path` that are there, and that a start would resume."""
+    return " and ".join(str(file) for file in (path, previous_path(path)) if file.exists())
+
+
+def build_network(config, device="cpu"):
+    """A new SimpleUnet of the settings `config`."""
     model = SimpleUnet(**{name: config[name] for name in NETWORK})
-    try:
-        model.load_state_dict(weights or model.state_dict())
-    except RuntimeError:
-        raise UserError("the checkpoint's weights do not fit its own settings: move it away to begin anew") from None
     return model.to(device, memory_format=memory_format(torch.device(device)))
 
 
 def load_model(path, device="cpu"):
-    """The averaged (EMA) SimpleUnet of the checkpoint at `path`, ready to evaluate; UserError where there is none."""
+    """The averaged (EMA) SimpleUnet of the checkpoint at `path`, ready to evaluate; UserError where there is
+    none."""
     saved = read_checkpoint(pathlib.Path(path))
     if not saved:
-        raise UserError(f"there is no checkpoint {path}: train first, or name another with --checkpoint")
-    return build_network(saved["config"], saved["ema"], device).eval().requires_grad_(False)
+        raise UserError(f"there is no checkpoint {path}: train first")
+    model = build_network(saved["config"], device)
+    model.load_state_dict(saved["ema"])
+    return model.eval().requires_grad_(False)
 
 
-class Saver:
-    """Writes a checkpoint every `seconds` in the background. A failed one is a warning and soon tried again."""
-
-    def __init__(self, path, seconds):
-        self.path, self.seconds, self.thread = path, seconds, ThreadPoolExecutor(1)
-        self.cost, self.due = 0.0, time.time() + seconds  # cost: seconds that the last one took
-        self.writing = self.thread.submit(int)  # the last write; this first one does nothing
-
-    def write(self, state):
-        """Save `state` now. Returns whether that worked."""
-        begun = time.time()
-        try:
-            save_checkpoint(self.path, state)
-            self.cost = time.time() - begun
-            return True
-        except (OSError, RuntimeError) as error:
-            say(f"warning: {self.path} could not be saved ({error}). The one before stays. Is the disk full?")
-            self.due = time.time() + min(self.seconds, RETRY_SECONDS)
-            return False
-
-    def save_if_due(self, state):
-        """Begin to write what the function `state` returns, if it is time to and the last one is written."""
-        if time.time() >= self.due and self.writing.done():
-            self.writing.result()  # if the last write ended with a UserError, it is raised here
-            self.due = time.time() + max(self.seconds - 2 * self.cost, 2 * self.cost)  # early, to be on disk in time
-            self.writing = self.thread.submit(self.write, state())
-
-    def save_last(self, state):
-        """Write `state` and wait for it; UserError where that fails three times."""
-        self.thread.shutdown()
-        for _ in range(3):
-            if self.write(state):
-                return
-            time.sleep(RETRY_SECONDS / 6)
-        raise UserError(f"{self.path} could not be saved at the end, the one before is still good: make room on the "
-                        "disk, then the same command resumes the run")
-
-
-# ------------------------------------------------------------------------------------------------------- plumbing ----
+# ---------------------------------------------------------------------------------------------------- plumbing ----
 
 OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "find an engine")
 
 
-def halved(size, error):
-    """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of memory, and
-    UserError where one image is too many already."""
+def halve_or_raise(size, error):
+    """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of
+    memory, and UserError where one image is too many already."""
     if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
         raise error
     if size == 1:
-        raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower --channels")
+        raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower --channels "
+                        f"({first_line(error)})") from None
     return math.ceil(size / 2)
 
 
 def choose_device(name):
-    """The torch.device for --device; UserError where there is none of that name, or fewer cards than processes."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind in present if present[kind])
+    """The torch.device for --device; UserError where there is none of that name, or fewer GPUs than
+    processes."""
+    present = {"cuda": torch.cuda.is_available(), "cpu": True,
+               "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # processes cannot exchange its tensors
+    name = name or next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     if not present[name]:
-        raise UserError(f"PyTorch finds no {name} device here: leave out --device to use another")
+        raise UserError(f"PyTorch finds no {name} device here for {PROCESSES} process{'es' * (PROCESSES > 1)}: leave "
+                        "out --device to use another")
     if name != "cuda":
         return torch.device(name)
-    local_rank, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local_rank >= cards:
-        raise UserError(f"there are more processes than CUDA cards: start torchrun with --nproc_per_node={cards}")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"there are more processes than CUDA GPUs: start torchrun with --nproc_per_node={count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -1098,17 +1342,17 @@ def choose_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if fast else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
 def join_processes():
     """Form one group of the processes that torchrun has started."""
     store, *_ = next(dist.rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else restarts by torchrun find addresses of dead processes
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else restarts find addresses of dead processes
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK,
                             world_size=PROCESSES, store=dist.PrefixStore(f"attempt {attempt}", store),
-                            timeout=datetime.timedelta(days=1))  # the others wait while rank 0 reads images and draws
+                            timeout=datetime.timedelta(days=1))  # the others wait while rank 0 reads and draws
 
 
 def broadcast(*numbers):
@@ -1134,27 +1378,39 @@ def printable(text):
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))[:400]
 
 
+def first_line(error):
+    return printable((str(error) or type(error).__name__).partition("\n")[0])
+
+
 def say(line):
     """Print a line, above the progress bar if there is one; only in the process of rank 0."""
     if RANK == 0:
-        tqdm.write(printable(line))
+        try:
+            tqdm.write(printable(line))
+        except OSError:  # what read the output, such as tee or a terminal, has ended: the run does not need it
+            sys.stdout = open(os.devnull, "w")
 
 
 class Bar:
-    """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only for rank 0."""
+    """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only for rank
+    0."""
 
     def __init__(self, title, total, done=0):
         self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False, disable=RANK > 0 or None)
-        self.title, self.total, self.done, self.said, self.close = title, total, done, time.time(), self.bar.close
+        self.title = title
+        self.total = total
+        self.done = done
+        self.next_line = time.monotonic() + LOG_SECONDS
         self.status = ""  # shown beside the number of images
+        self.close = self.bar.close
 
     def update(self, count):
         """`count` more images are done."""
         self.done += count
         self.bar.set_postfix_str(self.status, refresh=False)
         self.bar.update(count)
-        if self.bar.disable and time.time() - self.said > LOG_SECONDS:
-            self.said = time.time()
+        if self.bar.disable and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + LOG_SECONDS
             say(f"{self.title}: {self.done:,} of {self.total:,} images{self.status and ', '}{self.status}")
 
 
@@ -1167,26 +1423,26 @@ def warn_if_not_written(write, *arguments):
 
 
 def lock(path):
-    """An open file whose lock reserves the checkpoint at `path` until this process ends. UserError if it is taken."""
+    """An open file whose lock reserves `path` until it is closed or this process ends; None if it is
+    taken."""
     file = path.with_name(f".{path.name}.lock").open("a")
-    with contextlib.suppress(ImportError, OSError):  # Windows, or a network drive that has no locks
-        import fcntl
-
-        try:
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is training {path} at this moment: let it finish, or stop it") from None
+    except (BlockingIOError, PermissionError):
+        return None
+    except OSError:  # a network drive that has no locks
+        pass
     return file
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yield a file to write; it appears under `path` whole, or not at all."""
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left_over.stat().st_mtime > 600:  # not of one that writes now
-                left_over.unlink()
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # random: nobody can plant a link there
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.unlink(missing_ok=True)
     try:
         with open(unfinished, "x+b") as file:
             yield file
@@ -1195,14 +1451,49 @@ def replacing(path):
         unfinished.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- main ----
+# -------------------------------------------------------------------------------------------------------- main ----
 
 
-def begin(run):
+def read_settings(argv, saved=None):
+    """The settings of the command line `argv`, completed by those of the checkpoint `saved`, then by the
+    defaults. UserError where the command line contradicts the network of the checkpoint."""
+    parser = build_parser()
+    given = parser.parse_args(argv)
+    if given.demo and (given.dataroot or given.checkpoint):
+        parser.error("--demo draws its own faces, keeps all in results/demo: leave out --dataroot and --checkpoint")
+    defaults = DEMO_DEFAULTS if given.demo else {"epochs": 100}
+    if saved:
+        defaults = defaults | {name: saved["config"][name] for name in STORED}
+    if any(vars(given)[name] for name in LIMITS):
+        defaults = defaults | dict.fromkeys(LIMITS)
+    args = parser.parse_args(argv, argparse.Namespace(**defaults))
+    args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
+    faces = args.results / f"faces_{args.image_size}px" if args.demo else HERE / "fake_face"
+    args.dataroot = pathlib.Path(args.dataroot or faces)
+    args.checkpoint = pathlib.Path(args.checkpoint or (args.results if args.demo else HERE) / "model_checkpoint.pth")
+    args.start_over = f"start over with {'--results NEW_FOLDER' if args.demo else '--checkpoint NEW.pth'}"
+    if os.path.realpath(args.results) == os.path.realpath(args.dataroot):
+        raise UserError(f"--results {args.results} is the folder of the images: pictures would become training images; "
+                        "name another folder")
+    for name in NETWORK if saved else ():
+        if vars(args)[name] != saved["config"][name]:
+            raise UserError(f"{saved['file']} holds another network ({flag_of(name)} {saved['config'][name]} there, "
+                            f"{vars(args)[name]} here): leave out {flag_of(name)} to resume it, {args.start_over}, or "
+                            f"move away {existing(args.checkpoint)}")
+    cells = args.image_size // fold_of(args.image_size)
+    if args.channels and cells % 2 ** (len(args.channels) - 1):
+        raise UserError(f"the {cells} cells of --image-size {args.image_size} cannot be halved "
+                        f"{len(args.channels) - 1} times, as --channels requires: give fewer or another size")
+    return args
+
+
+def announce(run, saved):
     """Say what is about to happen; write the list of skipped images and the page."""
-    args, count, listing = run.args, len(run.faces.pixels), run.args.results / "skipped_images.txt"
+    args = run.args
+    listing = args.results / "skipped_images.txt"
     ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}" for name in LIMITS if vars(args)[name])
-    about = {"images": f"{count:,} below {args.dataroot}, {count - len(run.train_rows):,} of them held out"}
+    held_out = len(run.faces.rows) - len(run.train_numbers)
+    about = {"images": f"{len(run.faces.rows):,} below {args.dataroot}, {held_out:,} of them held out"}
     if run.skipped:
         name, reason = min(run.skipped.items())
         about["skipped"] = f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are in {listing}"
@@ -1211,39 +1502,54 @@ def begin(run):
               "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
               "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
               "pictures": str(args.results / "index.html")}
+    if shutil.which("nvidia-smi") and not torch.version.cuda:
+        about["device"] += "; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs one that can"
+    if saved:
+        about["resumed"] = f"{saved['file']}, epoch {saved['epoch'] + 1}, after step {saved['step']:,}"
     for label, text in about.items():
         say(f"{label:12}{text}")
     run.about = list(about.items())
     if RANK == 0:
+        for left_over in (*args.results.glob(".*.tmp"), *args.checkpoint.parent.glob(".*.tmp")):  # of killed runs
+            left_over.unlink(missing_ok=True)
         lines = (f"{printable(name)}: {reason}\n" for name, reason in sorted(run.skipped.items()))
         listing.write_text("".join(lines), encoding="utf-8")
         with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
             shutil.copy(HERE / "results" / "index.html", args.results)
 
 
-def draw_samples(args, device):
-    """--sample: images in results/samples, the first 64 as a grid, the first 16 beside their closest training image."""
-    model, folder = load_model(args.checkpoint, device), args.results / "samples"
+def draw_samples(args, saved, device):
+    """--sample: images in results/samples, the first 64 as a grid, the first 16 beside their closest training
+    image, and the first eight turning into one another."""
+    if not saved:
+        other = "" if args.demo else ", or name another with --checkpoint"
+        raise UserError(f"there is no checkpoint {args.checkpoint}: train first{other}")
+    model = load_model(args.checkpoint, device)
+    folder = args.results / "samples"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample_*.png"):
         old.unlink()
-    bar, grid = Bar("drawing", args.sample), args.results / "samples.png"
+    settings = {"steps": args.sample_steps, "seed": args.seed, "precision": choose_precision(args.precision, device)}
+    bar = Bar("drawing", args.sample)
+    pictures = []
     for first in range(0, args.sample, 64):
-        images = draw(model, min(64, args.sample - first), first=first, steps=args.sample_steps, seed=args.seed,
-                      precision=choose_precision(args.precision, device))
+        images = draw(model, min(64, args.sample - first), first=first, **settings)
         for number, image in enumerate(images, first + 1):
             to_image(image).save(folder / f"sample_{number:05d}.png")
         bar.update(len(images))
-        if first == 0:
-            save_grid(images, grid)
-            pictures = images[:16]
+        pictures.extend(images[:max(0, 1024 - first)])
     bar.close()
+    grid = args.results / "samples.png"
+    save_grid(pictures[:64], grid)
+    draw_morph(model, args.results / "morph.webp", **settings)
     say(f"{args.sample} images are in {folder}, the first {min(64, args.sample)} in {grid}")
     try:
-        pixels = load_images(args.dataroot, args.image_size, args.results)[1]
-        ratio = save_nearest(pictures, pixels, args.results / "nearest.png").median()
-        say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
-            "between a training image and its closest other one; far below 1, the network repeats its images")
+        names, faces, _ = load_images(args, torch.device("cpu"))
+        ratio = save_nearest(torch.stack(pictures[:16]), faces, args.results / "nearest.png").nanmedian()
+        say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one between a "
+            "training image and its closest other one; far below 1, the network repeats its images")
+        distance = RealFaces(faces, split(names, saved["compared"])[0]).sample_distance(torch.stack(pictures))
+        say(f"sample distance {distance:.2f}, where real faces have 1")
     except UserError as error:
         say(f"no nearest.png: {error}")
     write_page(args.results)
@@ -1257,14 +1563,16 @@ def run_command(argv):
         tempfile.TemporaryFile(dir=args.results).close()  # OSError now, not after hours
         if not args.sample:
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            locked = lock(args.checkpoint) if RANK == 0 else None  # noqa: F841 (held while this function runs)
+            reserved = RANK > 0 or lock(args.checkpoint)  # while this function runs
+            if not reserved:
+                raise UserError(f"another run is training {args.checkpoint} at this moment: let it finish, or stop it")
         saved = read_checkpoint(args.checkpoint, rename=not args.sample)
-    args = read_settings(argv, saved and saved["config"])
+    args = read_settings(argv, saved)
     device = choose_device(args.device)
-    args.channels = args.channels or default_channels(device, args.image_size)
+    args.channels = args.channels or default_channels(device)
     if args.sample:
         if RANK == 0:
-            draw_samples(args, device)
+            draw_samples(args, saved, device)
         broadcast(0)  # the others wait
         return 0
     if args.demo:
@@ -1272,31 +1580,58 @@ def run_command(argv):
 
         with rank_0_first():
             fill_folder(args.dataroot, DEMO_IMAGES, args.image_size)
-    run = Run(args, device, saved)
+    run = Run(args, device)
+    if saved:
+        run.restore(saved)
+    run.open_images()
     same_limits = saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
-    if saved and saved["finished"] and (same_limits or run.part_done() >= 1):
-        say(f"This run is finished: {saved['epoch']} epochs, {saved['step']} steps. A larger --epochs, --minutes or "
-            f"--max-steps resumes it, --sample 64 draws faces, {args.begin_anew} begins a new run.")
+    if saved and saved["finished"] and (same_limits or run.done() >= 1):
+        say(f"{saved['file']} is finished: {saved['epoch']} epochs, {saved['step']} steps. A larger --epochs, --minutes "
+            f"or --max-steps resumes it, --sample 64 draws faces; or {args.start_over}.")
         return 0
-    begin(run)
-    return train(run)
+    announce(run, saved)
+    stopped = train(run, stop_on_signal())
+    warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
+    say(f"Stopped after {run.progress.step} steps, checkpoint saved: the same command resumes the run." if stopped else
+        f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
+    return 130 if stopped else 0
+
+
+def handle_signals(handler):
+    """Call handler(number, frame) for Ctrl-C, Ctrl-Break, SIGTERM and a closed terminal or window."""
+    for name in ("SIGINT", "SIGBREAK", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has all of them
+        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # by nohup
+        if number and not ignored:  # SIGINT too is ignored in background jobs of a shell, which is not wanted
+            signal.signal(number, handler)
+
+
+def stop_on_signal():
+    """A threading.Event that the first signal sets; the second one ends the program at once."""
+    stop = threading.Event()
+    handle_signals(lambda *_: os._exit(130) if stop.is_set() else stop.set())
+    return stop
 
 
 def main(argv=None):
     """Run the script on the command line `argv`. Returns the exit status."""
-    sys.stdout.reconfigure(line_buffering=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    handle_signals(signal.default_int_handler)
     status = 1
     try:
         if PROCESSES > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's signal while the others form a new group
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, while the others form a new group
             join_processes()
-        return run_command(argv)
+        status = run_command(argv)
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+        return status
     except UserError as error:
         message = str(error)  # not the exception, which would keep the lock open
     except KeyboardInterrupt:
-        status, message = 130, "stopped"
+        status = 130
+        message = "stopped"
     except OSError as error:
         message = (f"{error}: see whether the disk is full or disconnected, or name folders that can be written with "
                    "--results and --checkpoint, then the same command resumes the run")
@@ -1307,9 +1642,9 @@ def main(argv=None):
                    "resumes the checkpoint, automatically with torchrun --max-restarts=3")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     print(f"scriptc.py: {printable(message)}", file=sys.stderr)
+    if PROCESSES > 1:  # without leaving the group, which would wait for the others, which wait for this one
+        os._exit(status)
     return status
 
 

@@ -15,6 +15,7 @@ import email.utils
 import hashlib
 import io
 import itertools
+import os
 import random
 import socket
 import socketserver
@@ -43,6 +44,7 @@ FAULTS = {
     "stall": "nothing more comes after half of the body",
     "drip": "a byte of the body now and then, for ever",
     "slow-headers": "a byte of the headers now and then, for ever",
+    "redirect": "302 to `location`, and a byte of a body now and then, for ever",
     "control": "403 with control characters in its reason",
     "html": "a page with status 200",
     "empty": "no body",
@@ -66,16 +68,21 @@ class FakeSite:
     Image i is on show from i * period to (i + 1) * period seconds after the first request, or for one request
     if `period` is 0.  `latency`: seconds that an answer takes.  `size`: pixels.  A request meets one of
     `faults` (names in FAULTS) with probability `fault_rate`; those put into the deque `script` come first,
-    None for none.  `retry_after`: seconds that a 429 asks for.  `encoding`: JPEG, or what else
-    Pillow writes.
+    None for none.  `retry_after`: seconds that a 429 asks for.  `location`: where a redirect leads, the
+    same page if not changed.  `encoding`: JPEG, or what else Pillow writes.
     """
 
     def __init__(
         self, period=1.0, latency=0.0, size=64, faults=tuple(FAULTS), fault_rate=0.0, retry_after=1, seed=0,
         encoding="JPEG", port=0,
     ):  # fmt: skip
-        self.period, self.latency, self.retry_after = period, latency, retry_after
-        self.faults, self.fault_rate, self.script = list(faults), fault_rate, deque()
+        self.period = period
+        self.latency = latency
+        self.retry_after = retry_after
+        self.faults = list(faults)
+        self.fault_rate = fault_rate
+        self.script = deque()
+        self.location = "/"
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self.counts = Counter()  # requests by what they met: "good" or the name of a fault
@@ -169,7 +176,7 @@ class FakeSite:
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    allow_reuse_address = True
+    allow_reuse_address = os.name != "nt"  # where it would let two servers share a port
     daemon_threads = True
     block_on_close = False
     request_queue_size = 64
@@ -185,7 +192,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def handle(self):
         while line := self.rfile.readline(65536):
-            path = line.split()[1]
+            path, _, _ = line.split()[1].partition(b"?")
             browser = False
             while (header := self.rfile.readline(65536)) not in (b"\r\n", b""):
                 name, _, value = header.partition(b":")
@@ -233,9 +240,10 @@ class Handler(socketserver.StreamRequestHandler):
             return self.answer("200 OK", body[:size] + struct.pack(">HH", 65000, 65000) + body[size + 4 :])
         if name == "big":
             return self.answer("200 OK", body + bytes(30_000_000 - len(body)))
-        if name in ("endless", "drip", "slow-headers"):
+        if name in ("endless", "drip", "slow-headers", "redirect"):
+            status = f"302 Found\r\nLocation: {self.site.location}" if name == "redirect" else "200 OK"
             end = b"\r\nX-Header: " if name == "slow-headers" else b"\r\n\r\n" + half
-            self.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg" + end)
+            self.connection.sendall(f"HTTP/1.1 {status}\r\nContent-Type: image/jpeg".encode() + end)
             while not self.site.stopping.wait(0 if name == "endless" else 0.05):
                 self.connection.sendall(bytes(65536) if name == "endless" else b"x")
             return False
@@ -246,7 +254,8 @@ class Handler(socketserver.StreamRequestHandler):
         if name == "stall":
             self.site.stopping.wait(60)
         if name == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            at_once = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         return False
 
 

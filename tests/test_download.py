@@ -1,6 +1,7 @@
 """What download_images.py promises, against the local site; most tests run its command, as a user does."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -11,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -23,12 +25,25 @@ from download_images import Pace, RequestError
 from tests.fake_site import FAULTS, FakeSite
 
 SCRIPT = Path(download_images.__file__)
+WINDOWS = os.name == "nt"
+ON_WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
+STOPS = ["CTRL_C_EVENT", "CTRL_BREAK_EVENT"] if WINDOWS else ["SIGINT", "SIGTERM", "SIGHUP"]
+needs_terminals = pytest.mark.skipif(WINDOWS, reason="Windows has no pseudo-terminals that Python can open")
+# Windows sends Ctrl-C to all programs of a console at once: this one runs the downloader in a console of its own.
+CONSOLE = """
+import os, signal, subprocess, sys
+for number in (signal.SIGINT, signal.SIGBREAK):
+    signal.signal(number, signal.SIG_IGN)
+process = subprocess.Popen(sys.argv[1:])
+os.kill(0, int(sys.stdin.readline()))
+sys.exit(process.wait())
+"""
 
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     """The local site is reached directly, whatever the environment says about proxies."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1,no-such-site.invalid")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,faces.invalid,no-such-site.invalid")
 
 
 def command(url, out, *options):
@@ -49,6 +64,24 @@ def start(url, out, *options):
     return subprocess.Popen(command(url, out, *options), stdout=pipe, stderr=pipe, text=True)
 
 
+def start_to_be_stopped(url, out, *options):
+    """The running downloader, for `stop`."""
+    if not WINDOWS:
+        return start(url, out, *options)
+    wanted = [sys.executable, "-c", CONSOLE, *command(url, out, *options)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(wanted, **pipes, text=True, creationflags=subprocess.CREATE_NO_WINDOW)
+
+
+def stop(process, what):
+    """Stop the downloader by the signal or event named `what`; returns what it wrote."""
+    number = getattr(signal, what)
+    if WINDOWS:
+        return process.communicate(input=f"{int(number)}\n", timeout=60)
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
 def main(*options):
     return download_images.main([str(option) for option in options])
 
@@ -60,6 +93,15 @@ def wait_for(condition):
             return
         time.sleep(0.01)
     pytest.fail("it never happened")
+
+
+def made(folder):
+    """The new folder; the test is skipped where its name cannot be stored."""
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        pytest.skip("Wine without a UTF-8 locale, unlike Windows, stores only ASCII names")
+    return folder
 
 
 def names(folder):
@@ -105,6 +147,51 @@ def test_two_runs_at_once_share_a_folder_without_a_double_and_stop_together(tmp_
         assert [process.communicate(timeout=60) and process.returncode for process in both] == [0, 0]
     assert count <= len(names(tmp_path)) <= count + 5
     assert_good(tmp_path, len(names(tmp_path)))
+
+
+def test_an_image_that_another_run_has_just_saved_and_still_has_open_is_no_error(tmp_path, monkeypatch):
+    def write_both(path, data, write=Path.write_bytes):
+        write(path, data)
+        file = open(path.with_name(path.name.split(".")[1] + ".jpg"), "wb")  # noqa: SIM115
+        stack.callback(file.close)
+        file.write(data)
+        file.flush()
+
+    def rename(path, target):  # as Windows does it
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "Cannot create a file when that file already exists")
+        os.rename(path, target)
+
+    monkeypatch.setattr(Path, "write_bytes", write_both)
+    monkeypatch.setattr(Path, "rename", rename)
+    with FakeSite(period=0) as site, contextlib.ExitStack() as stack:
+        assert main("--url", site.url, "--out", tmp_path, "--count", 3, "--workers", 1) == 0
+    assert_good(tmp_path, 3)
+
+
+def test_a_new_file_that_a_virus_scanner_has_open_does_not_end_the_run(tmp_path, monkeypatch):
+    renamed = []
+
+    def scanned(path, target, rename=os.rename):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", scanned)
+    monkeypatch.setattr(Path, "replace", scanned)
+    with FakeSite(period=0) as site:
+        assert main("--url", site.url, "--out", tmp_path, "--count", 3) == 0
+    assert_good(tmp_path, 3)
+
+
+def test_a_folder_deeper_than_260_characters_is_filled(tmp_path):
+    out = tmp_path.joinpath(*["folder" * 15] * 3)
+    with FakeSite(period=0) as site:
+        result = run(site.url, out, "--count", 2)
+    assert result.returncode == 0, result.stderr
+    assert len(str(out)) > 260 and len(names(out)) == 2
+    assert ("\\\\?\\" in result.stdout) == WINDOWS  # without this prefix, Windows accepts no such path
 
 
 # ------------------------------------------------------------------ sizes and formats
@@ -157,19 +244,20 @@ def test_every_kind_of_fault_is_survived_and_none_is_kept(tmp_path):
 def test_every_fault_has_its_reason_and_is_permanent_or_transient(fault, reason, permanent):
     with FakeSite(period=0) as site, pytest.raises(RequestError, match=reason) as error:
         site.script.append(fault)
-        body, _ = download_images.fetch(download_images.new_session(), site.url, 0.3 if fault == "stall" else 30)
+        body = download_images.fetch(download_images.new_session(), site.url, 0.3 if fault == "stall" else 30)
         download_images.check_image(body)
     assert error.value.permanent == permanent
 
 
-def test_an_unknown_name_is_a_permanent_error(monkeypatch):
+@pytest.mark.parametrize("number, permanent", [(socket.EAI_NONAME, True), (socket.EAI_AGAIN, False)])
+def test_an_unknown_name_is_a_permanent_error_and_an_unreachable_name_server_is_none(monkeypatch, number, permanent):
     def unknown(*_, **__):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        raise socket.gaierror(number, "the text of the system")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(RequestError, match="name cannot be resolved") as error:
         download_images.fetch(download_images.new_session(), "http://no-such-site.invalid/", 30)
-    assert error.value.permanent
+    assert error.value.permanent == permanent
 
 
 def test_broken_files_from_elsewhere_are_named_and_not_counted_and_good_ones_are(tmp_path):
@@ -221,6 +309,32 @@ def test_old_temporary_files_are_removed_at_the_start_and_those_of_other_runs_ar
     assert process.returncode == 0 and new.exists()
 
 
+def test_a_temporary_file_that_another_run_is_writing_is_left_to_it(tmp_path):
+    def finish():
+        part.rename(tmp_path / "image.jpg")
+
+    with FakeSite(period=0) as site:
+        part = tmp_path / ".image.part"
+        part.write_bytes(site.body(5))
+        other = threading.Timer(0.3, finish)
+        other.start()
+        assert main("--url", site.url, "--out", tmp_path, "--count", 3) == 0
+        other.join()
+    assert "image.jpg" in names(tmp_path)
+    assert_good(tmp_path, 3)
+
+
+def test_a_folder_that_cannot_be_written_ends_it_after_a_few_tries(tmp_path, monkeypatch, capsys):
+    def refuse(path, data):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(download_images, "LONGEST_PAUSE", 0.05)
+    with FakeSite(period=0) as site:
+        assert main("--url", site.url, "--out", tmp_path, "--count", 3) == 1
+    assert "Gave up: the image cannot be stored: [Errno 13] Permission denied" in capsys.readouterr().err
+
+
 def test_a_full_disk_ends_it_with_a_sentence_and_nothing_half_written(tmp_path, monkeypatch, capsys):
     def fill(path, data):
         with path.open("wb") as file:
@@ -257,12 +371,16 @@ def test_an_empty_folder_on_a_small_disk_is_warned_of_as_sizes_are_a_guess(tmp_p
 
 
 @pytest.mark.parametrize("fault, reason", [("403", "403 Forbidden"), ("html", "not an image")])
-def test_permanent_errors_end_it_after_a_few_tries_with_the_command_that_goes_on(tmp_path, fault, reason):
-    out = tmp_path / "it's here"
+def test_permanent_errors_before_the_first_image_end_it_after_a_few_tries_with_the_command_that_goes_on(
+    tmp_path, fault, reason
+):
+    out = tmp_path / "it's for later & more"
     with FakeSite(period=0) as site:
-        site.script.extend([None, None])
-        site.fault_rate, site.faults = 1.0, [fault]
-        result = run(site.url, out, "--count", 10, LONGEST_PAUSE=0.1)
+        url = site.url + "?size=1024&sort=new"
+        assert run(url, out, "--count", 2).returncode == 0
+        site.fault_rate = 1.0
+        site.faults = [fault]
+        result = run(url, out, "--count", 10, LONGEST_PAUSE=0.1)
         assert result.returncode == 1
         assert len(site.times) <= 2 + 5 + 15  # those in flight together count as one
     sentence = result.stderr.strip().splitlines()[-1]
@@ -281,6 +399,46 @@ def test_a_site_that_never_sends_an_image_is_given_up_with_what_was_tried(tmp_pa
         result = run(url, tmp_path, "--count", 3, GIVE_UP_AFTER=1.0)
     assert result.returncode == 1
     assert re.search(rf"\d+ requests to {url} in \d+ s brought no image.*{reason}", result.stderr)
+    assert download_images.GIVE_UP_AFTER == 120
+
+
+@pytest.mark.parametrize("fault", ["403", "404", "html", "tiny", "503"])
+def test_once_an_image_was_received_no_error_ends_it_however_often_it_comes(tmp_path, fault):
+    with FakeSite(period=0) as site:
+        site.script.extend([None, *[fault] * 12])
+        result = run(site.url, tmp_path, "--count", 3, "--workers", 1, LONGEST_PAUSE=0.05, GIVE_UP_AFTER=0.1)
+    assert result.returncode == 0, result.stderr
+    assert_good(tmp_path, 3)
+
+
+def test_a_name_that_cannot_be_resolved_for_a_while_does_not_end_a_run_that_has_received_an_image(tmp_path, monkeypatch):
+    look_ups = []
+
+    def restarting_router(*arguments, look_up=socket.getaddrinfo, **options):
+        look_ups.append(arguments)
+        if 1 < len(look_ups) <= 13:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(*arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", restarting_router)
+    monkeypatch.setattr(download_images, "LONGEST_PAUSE", 0.05)
+    with FakeSite(period=0) as site:
+        site.script.extend([None, "reset"])
+        assert main("--url", site.url, "--out", tmp_path, "--count", 3, "--workers", 1) == 0
+    assert len(look_ups) >= 14
+    assert_good(tmp_path, 3)
+
+
+@pytest.mark.parametrize("fault, reason", [("403", "403 Forbidden"), ("503", "503 Service Unavailable")])
+def test_after_an_hour_without_an_image_it_gives_up_and_says_since_when(tmp_path, fault, reason):
+    with FakeSite(period=0, faults=[fault]) as site:
+        site.script.append(None)
+        site.fault_rate = 1.0
+        result = run(site.url, tmp_path, "--count", 3, "--workers", 1, LONGEST_PAUSE=0.1, LONGEST_OUTAGE=1.0)
+    assert result.returncode == 1
+    assert re.search(rf"brought no image, none came since \d\d:\d\d; the last error: .*{reason}", result.stderr)
+    assert download_images.LONGEST_OUTAGE == 3600
+    assert_good(tmp_path, 1)
 
 
 def test_once_an_image_was_received_transient_errors_are_waited_out(tmp_path):
@@ -321,6 +479,68 @@ def test_an_answer_that_comes_a_byte_at_a_time_holds_no_worker_longer_than_the_t
         result = run(site.url, tmp_path, "--count", 3, "--workers", 2, "--timeout", 0.3)
     assert result.returncode == 0, result.stderr
     assert_good(tmp_path, 3)
+
+
+# ------------------------------------------------------------------ redirects
+
+
+def test_a_redirect_is_followed_without_waiting_for_its_body(tmp_path):
+    with FakeSite(period=0) as site:
+        site.script.extend(["redirect"] * 4)
+        result = run(site.url, tmp_path, "--count", 2, "--timeout", 5)
+        assert site.counts == {"redirect": 4, "good": 2}
+    assert result.returncode == 0, result.stderr
+    assert "from 6 requests: 0 seen again, 0 refused, 0 transient errors" in result.stdout
+
+
+def test_no_more_than_five_redirects_of_a_request_are_followed(tmp_path):
+    with FakeSite(fault_rate=1.0, faults=["redirect"]) as site:
+        result = run(site.url, tmp_path, "--count", 1, "--timeout", 5, LONGEST_PAUSE=0.1, GIVE_UP_AFTER=10.0)
+    assert result.returncode == 1
+    assert "the site redirects more than 5 times, 5 times in a row" in result.stderr
+    assert len(site.times) % (1 + 5) == 0
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/", "data:image/png;base64,AAAA"])
+def test_a_redirect_to_anything_but_http_and_https_is_not_followed(tmp_path, location):
+    with FakeSite(fault_rate=1.0, faults=["redirect"]) as site:
+        site.location = location
+        result = run(site.url, tmp_path, "--count", 1, "--timeout", 5, LONGEST_PAUSE=0.1, GIVE_UP_AFTER=10.0)
+    assert result.returncode == 1
+    assert f"No connection adapters were found for '{location}'" in result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1", "192.168.0.1", "169.254.169.254", "[::1]", "[fe80::1]"])
+def test_a_redirect_to_an_internal_address_on_another_host_is_not_followed(tmp_path, monkeypatch, capsys, host):
+    def look_up(host, *arguments, real=socket.getaddrinfo, **options):
+        return real("127.0.0.1" if host == "faces.invalid" else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(download_images, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(download_images, "GIVE_UP_AFTER", 10.0)
+    with FakeSite(fault_rate=1.0, faults=["redirect"]) as site:
+        port = site.server.server_address[1]
+        site.location = f"http://{host}:{port}/"
+        assert main("--url", f"http://faces.invalid:{port}/", "--out", tmp_path, "--count", 1, "--timeout", 5) == 1
+        assert 5 <= len(site.times) <= 5 + 15  # only those that were redirected
+    assert f"a redirect leads to the internal {host.strip('[]')}, 5 times in a row" in capsys.readouterr().err
+
+
+def test_a_redirect_may_lead_to_another_page_of_the_same_host_wherever_that_is(tmp_path):
+    with FakeSite(period=0) as site, FakeSite(period=0, seed=50) as other:
+        site.script.extend(["redirect"] * 2)
+        site.location = other.url
+        assert run(site.url, tmp_path, "--count", 4).returncode == 0
+        assert other.counts == {"good": 2}
+
+
+def test_redirects_count_as_requests_in_the_pace_whatever_follows_them(tmp_path):
+    with FakeSite(period=0) as site:
+        site.script.extend([None, *["redirect", "404"] * 4, *["redirect", None] * 4])
+        result = run(site.url, tmp_path, "--count", 6, "--max-rate", 10, LONGEST_PAUSE=0.0)
+    assert result.returncode == 0, result.stderr
+    assert "from 18 requests" in result.stdout
+    assert (len(site.times) - 1) / (site.times[-1] - site.times[0]) <= 10.5
 
 
 # ------------------------------------------------------------------ the pace, on a clock of its own
@@ -396,19 +616,85 @@ def test_the_site_sees_no_more_than_max_rate(tmp_path):
 # ------------------------------------------------------------------ the end, and what is seen
 
 
-@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", STOPS)
 @pytest.mark.parametrize("fault", [None, "slow-headers", "429"])
 def test_a_signal_ends_it_with_130_and_a_clean_folder(tmp_path, what, fault):
+    if ON_WINE and what == "CTRL_BREAK_EVENT":
+        pytest.skip("Wine, unlike Windows, does not pass Ctrl-Break on to programs that handle it")
     with FakeSite(period=0, retry_after=600) as site:
         site.script.extend([None] * 5)
         site.fault_rate, site.faults = (1.0 if fault else 0.0), [fault]
-        process = start(site.url, tmp_path, "--count", 100000)
+        process = start_to_be_stopped(site.url, tmp_path, "--count", 100000)
         wait_for(lambda: len(site.times) > 5)
-        process.send_signal(what)
-        out, err = process.communicate(timeout=60)
+        out, err = stop(process, what)
     assert process.returncode == 130
     assert "To go on: " in err and f"holds {len(names(tmp_path))}." in out and "Traceback" not in err
     assert_good(tmp_path, len(names(tmp_path)))
+
+
+@needs_terminals
+def test_a_terminal_that_is_closed_ends_it_with_130_and_a_clean_folder(tmp_path):
+    ours, theirs = os.openpty()
+    with FakeSite(period=0) as site:
+        wanted = command(site.url, tmp_path, "--count", 100000)
+        code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *wanted], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        )
+        os.close(theirs)
+        wait_for(lambda: len(site.times) > 5)
+        os.close(ours)
+        assert process.wait(timeout=60) == 130
+    assert_good(tmp_path, len(names(tmp_path)))
+
+
+@pytest.mark.skipif(WINDOWS, reason="Windows has no nohup, and no SIGHUP")
+def test_under_nohup_a_terminal_that_is_closed_does_not_end_it(tmp_path):
+    with FakeSite(period=0) as site:
+        wanted = command(site.url, tmp_path, "--count", 100000)
+        process = subprocess.Popen(["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *wanted], stderr=subprocess.PIPE)
+        wait_for(lambda: len(site.times) > 5)
+        process.send_signal(signal.SIGHUP)
+        seen = len(site.times)
+        wait_for(lambda: len(site.times) > seen + 5)
+        stop(process, "SIGTERM")
+    assert process.returncode == 130
+
+
+def test_an_output_that_is_closed_does_not_end_it(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with FakeSite(period=0) as site:
+        process = subprocess.Popen(command(site.url, tmp_path, "--count", 5), stdout=writer, stderr=writer)
+        os.close(writer)
+        assert process.wait(timeout=60) == 0
+    assert_good(tmp_path, 5)
+
+
+def test_a_path_that_the_output_cannot_encode_is_written_with_backslashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    out = made(tmp_path / "Bilder für später")
+    (out / "kaputt ä.png").mkdir()
+    with FakeSite(period=0) as site:
+        result = run(site.url, out, "--count", 2)
+    assert result.returncode == 0, result.stderr
+    assert "Bilder f\\xfcr sp\\xe4ter holds 2." in result.stdout and "kaputt \\xe4.png" in result.stdout
+
+
+def test_with_the_output_in_a_file_a_folder_with_umlauts_is_filled(tmp_path):
+    out = made(tmp_path / "Bilder für später")
+    with FakeSite(period=0) as site, open(tmp_path / "log.txt", "wb") as log:
+        subprocess.run(command(site.url, out, "--count", 2), stdout=log, stderr=log, timeout=60, check=True)
+    assert_good(out, 2)
+    assert b"holds 2." in (tmp_path / "log.txt").read_bytes()
+
+
+def test_a_full_folder_has_its_summary_even_before_the_clock_ticks(tmp_path, monkeypatch, capsys):
+    with FakeSite(period=0) as site:
+        run(site.url, tmp_path, "--count", 2)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)  # on Windows it moves in steps of 16 ms
+    assert main("--url", site.url, "--out", tmp_path, "--count", 2) == 0
+    assert "0 new images" in capsys.readouterr().out
 
 
 def test_it_says_first_what_will_happen_and_without_a_terminal_in_plain_lines(tmp_path):
@@ -423,9 +709,12 @@ def test_it_says_first_what_will_happen_and_without_a_terminal_in_plain_lines(tm
     assert re.fullmatch(r"[ -~\n]*", result.stdout + result.stderr)
 
 
+@needs_terminals
 def test_on_a_terminal_there_is_a_bar(tmp_path):
-    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
-    ours, theirs = pty.openpty()
+    import fcntl
+    import termios
+
+    ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     with FakeSite(period=0) as site:
         site.script.extend([None, "503", "503", "503", "html"])
@@ -443,10 +732,13 @@ def test_on_a_terminal_there_is_a_bar(tmp_path):
 
 
 def test_control_characters_of_the_site_and_of_file_names_are_not_shown(tmp_path):
-    (tmp_path / "a\x1b[31m\nb.png").touch()
+    name = "a\x1b[31m\nb.png"
+    if WINDOWS:  # which has no such names
+        name = "a?[31m?b.png".replace("?", "")
+    (tmp_path / name).touch()
     with FakeSite(fault_rate=1.0, faults=["control"]) as site:
         result = run(site.url, tmp_path, "--count", 2, LINE_EVERY=0.0, LONGEST_PAUSE=0.1)
-    assert "a?[31m?b.png" in result.stdout
+    assert "a?[31m?b.png" in result.stdout or WINDOWS
     assert "the site answered 403 ?]0;forged? Forbidden, 5 times in a row" in result.stderr
     assert re.fullmatch(r"[ -~\n]*", result.stdout + result.stderr)
 

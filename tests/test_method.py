@@ -77,7 +77,7 @@ def test_forward_diffusion_returns_the_noise_it_mixed_in():
 
 def test_timesteps_are_drawn_such_that_the_log_signal_to_noise_ratio_has_a_normal_density():
     for size, mean in ((32, scriptc.DENSITY_MEAN), (64, scriptc.DENSITY_MEAN - math.log(4))):
-        probability = scriptc.timestep_density(4000, size)
+        probability = scriptc.timestep_probabilities(4000, size)
         a = torch.cumprod(1 - scriptc.linear_beta_schedule(4000), 0)
         log_snr = torch.log(a / (1 - a))
         assert probability.shape == (4000,) and probability.sum().item() == pytest.approx(1)

@@ -47,6 +47,21 @@ def here(folder, *flags):
     return scriptc.main(command(folder, *flags)[2:])
 
 
+def load(root, size=16, results=None):
+    """load_images() of a folder: names, Faces, skipped."""
+    results = results or root.parent
+    args = types.SimpleNamespace(dataroot=root, image_size=size, results=results / "results", checkpoint=results / "c.pth")
+    return scriptc.load_images(args, torch.device("cpu"))
+
+
+def pixels_of(faces):
+    return faces.pixels[faces.rows].numpy()
+
+
+def no_save(path, state):
+    raise OSError(28, "No space left on device")
+
+
 def refused(folder, *flags):
     """The one sentence with which a command that cannot be carried out ends, and its exit status."""
     with contextlib.redirect_stderr(io.StringIO()) as error:
@@ -75,6 +90,12 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+def build_run(*flags):
+    """A Run of a small network without images."""
+    args = scriptc.read_settings([*SMALL, *map(str, flags)])
+    return scriptc.Run(args, torch.device("cpu"))
+
+
 @pytest.fixture
 def folder(tmp_path):
     fill_folder(tmp_path / "faces" / "some" / "depth", 40, 32)
@@ -96,7 +117,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_ends_with_a_grid_a_curve_a_table_and_a_checkpoint(trained):
     rows = table(trained)
-    header = ["epoch", "step", "images_seen", "train_loss", "heldout_loss", "lr", "images_per_second", "seconds"]
+    header = "epoch,step,images_seen,train_loss,heldout_loss,sample_distance,lr,images_per_second,seconds".split(",")
     assert list(rows[0]) == header and [row["epoch"] for row in rows] == ["1", "2"]
     assert int(rows[1]["images_seen"]) == 2 * int(rows[0]["images_seen"])
     with Image.open(trained / "results" / f"epoch_2_step_{rows[1]['step']}.png") as grid:
@@ -142,7 +163,7 @@ def test_the_loss_falls_on_a_tiny_set(folder):
     rows = table(folder)
     assert float(rows[-1]["train_loss"]) < 0.6 * float(rows[0]["train_loss"])
     first, last = float(rows[0]["heldout_loss"]), float(rows[-1]["heldout_loss"])
-    assert last < 0.8 * first and last < 0.12  # guessing zero would give 0.8, the untrained network about 0.2
+    assert last < 0.6 * first and last < 0.35  # guessing zero would give 0.8
 
 
 def test_every_image_is_seen_once_an_epoch_and_the_held_out_never(folder, monkeypatch):
@@ -155,11 +176,10 @@ def test_every_image_is_seen_once_an_epoch_and_the_held_out_never(folder, monkey
 
     monkeypatch.setattr(scriptc.Faces, "batch", batch)
     assert here(folder, *SMALL, "--epochs", 2) == 0
-    names, *_ = scriptc.load_images(folder / "faces", 16, folder)
-    train_rows, held_out = (rows.tolist() for rows in scriptc.split(names)[:2])
-    first, second = seen[: len(train_rows)], seen[len(train_rows):]
-    assert sorted(first) == sorted(second) == sorted(train_rows) and first != second
-    assert held_out and sorted(train_rows + held_out) == list(range(40))
+    training = scriptc.split(load(folder / "faces")[0])[0].tolist()
+    first, second = seen[: len(training)], seen[len(training):]
+    assert sorted(first) == sorted(second) == sorted(training) and first != second
+    assert 0 < len(training) < 40
 
 
 def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
@@ -181,7 +201,7 @@ def test_the_demo_needs_no_images_and_keeps_everything_in_results_demo(tmp_path)
     assert {path for path in (ROOT / "fake_face").rglob("*") if "__pycache__" not in path.parts} <= faces
 
 
-# Going on
+# Resuming
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trained, capsys):
@@ -198,23 +218,40 @@ def test_more_epochs_go_on_with_the_settings_of_the_checkpoint(trained, tmp_path
     assert (saved["epoch"], saved["config"]["channels"], saved["config"]["batch_size"]) == (4, [8, 16], 16)
 
 
-@pytest.mark.parametrize("number, precision", [
-    (signal.SIGINT, "bf16"), (signal.SIGTERM, "fp32"), (signal.SIGKILL, "fp32")])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, precision):
+WINDOWS = sys.platform == "win32"
+STOPS = {"ctrl-c": "CTRL_C_EVENT", "ctrl-break": "CTRL_BREAK_EVENT"} if WINDOWS else {
+    "ctrl-c": "SIGINT", "terminate": "SIGTERM", "closed terminal": "SIGHUP"}
+
+
+def start(folder, *flags, **options):
+    """Start a training, which signals can be sent to without reaching these tests."""
+    group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if WINDOWS else {}
+    return subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **group,
+                            **options)
+
+
+def wait_for_checkpoints(folder, process):
+    """Return when `process` has saved two checkpoints."""
+    while not (folder / "checkpoint.previous.pth").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how, precision", [*((how, "bf16") for how in STOPS), ("kill", "fp32")])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, how, precision):
     flags = [*SMALL, "--batch-size", "64", "--epochs", "30", "--precision", precision, "--save-minutes", "0.001"]
     whole = folder / "undisturbed"
     shutil.copytree(folder / "faces", whole / "faces")
     assert here(whole, *flags) == 0
 
-    stopped = subprocess.Popen(command(folder, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.previous.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    stopped.send_signal(number)
-    out, error = stopped.communicate(timeout=60)
-    if number == signal.SIGKILL:
-        assert stopped.returncode == -signal.SIGKILL
+    stopped = start(folder, *flags)
+    wait_for_checkpoints(folder, stopped)
+    if how == "kill":
+        stopped.kill()
+        stopped.communicate(timeout=60)
     else:
+        stopped.send_signal(getattr(signal, STOPS[how]))
+        out, error = stopped.communicate(timeout=60)
         assert stopped.returncode == 130 and "checkpoint saved" in out and error == ""
     steps = checkpoint(folder)["step"]
     assert 0 < steps < checkpoint(whole)["step"]
@@ -222,8 +259,10 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, number, preci
     assert here(folder, *flags) == 0
     one, other = checkpoint(folder), checkpoint(whole)
     assert all(same(one[part], other[part]) for part in ("model", "ema", "optimizer", "epoch", "step", "images_seen"))
-    timeless = [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in table(folder)]
+    of_the_clock = ("seconds", "images_per_second", "sample_distance")  # there is one where there was time for a grid
+    timeless = [{key: row[key] for key in row if key not in of_the_clock} for row in table(folder)]
     assert timeless == [{key: row[key] for key in timeless[0]} for row in table(whole)]
+    assert table(folder)[-1]["sample_distance"] == table(whole)[-1]["sample_distance"]
     grid = f"results/epoch_30_step_{one['step']}.png"
     assert (folder / grid).read_bytes() == (whole / grid).read_bytes()
 
@@ -241,7 +280,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(trained, tm
 
 
 def test_a_second_run_on_the_same_checkpoint_is_refused(folder):
-    first = subprocess.Popen(command(folder, *SMALL, "--epochs", 1000), stdout=subprocess.PIPE, text=True)
+    first = start(folder, *SMALL, "--epochs", 1000)
     try:
         assert "images" in first.stdout.readline()
         assert "another run" in refused(folder, *SMALL, "--epochs", 1000)
@@ -269,10 +308,7 @@ def test_a_disk_that_is_full_for_a_while_causes_only_a_warning(folder, monkeypat
 def test_a_checkpoint_that_cannot_be_saved_at_the_end_keeps_the_one_before(trained, tmp_path, monkeypatch, capsys):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
-    def save(path, state):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(scriptc, "save_checkpoint", save)
+    monkeypatch.setattr(scriptc, "save_checkpoint", no_save)
     monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
     assert here(tmp_path, "--epochs", 3, "--sample-steps", 3) == 1
     assert "make room" in capsys.readouterr().err and checkpoint(tmp_path)["epoch"] == 2
@@ -286,7 +322,7 @@ def test_weights_that_are_not_finite_are_never_saved(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_run_ends_when_a_background_save_finds_weights_that_are_not_finite(folder, monkeypatch, capsys):
+def test_the_run_ends_when_a_save_finds_weights_that_are_not_finite(folder, monkeypatch, capsys):
     def save(path, state):
         raise scriptc.UserError("the weights are not finite any more")
 
@@ -306,7 +342,7 @@ def test_steps_without_a_finite_loss_change_nothing_and_end_the_run(folder, monk
     monkeypatch.setattr(scriptc, "LOOK_SECONDS", 0)
     assert here(folder, "--max-steps", 4000, "--lr", 1) == 1
     assert "--lr" in capsys.readouterr().err
-    assert same(good["model"], checkpoint(folder)["model"])
+    assert same(good["model"], checkpoint(folder)["model"]) and same(good["ema"], checkpoint(folder)["ema"])
 
 
 def test_fewer_epochs_than_are_done_leave_the_run_as_it_is(folder, capsys):
@@ -323,20 +359,23 @@ def test_the_learning_rate_rises_then_falls_to_zero_and_is_never_negative(part):
 
 def test_the_learning_rate_warms_up_under_minutes_however_long_the_start_takes(folder, monkeypatch):
     parts, real_step = [], scriptc.training_step
-    monkeypatch.setattr(scriptc, "training_step", lambda run, rows, part: parts.append(part) or real_step(run, rows, part))
-    monkeypatch.setattr(scriptc, "START", time.time() - 20)
+    monkeypatch.setattr(scriptc, "training_step",
+                        lambda run, numbers, done: parts.append(done) or real_step(run, numbers, done))
+    monkeypatch.setattr(scriptc, "START", time.monotonic() - 20)
     assert here(folder, *SMALL, "--minutes", 0.6) == 0
-    assert parts[0] == 0 and parts[-1] > 0.9 and checkpoint(folder)["seconds"] < 36
+    assert parts[0] == 0 and parts[-1] > 0.8
 
 
-def test_a_slow_first_step_after_a_restart_does_not_end_a_run_with_minutes(monkeypatch):
-    monkeypatch.setattr(scriptc, "START", time.time() - 12)
-    run = scriptc.Run.__new__(scriptc.Run)
-    run.args = types.SimpleNamespace(epochs=None, max_steps=None, minutes=5, sample_steps=20)
-    run.at = scriptc.Progress(step=201, images_seen=201 * 64, seconds=240, first_step=10)
-    run.train_rows, run.heldout_rows, run.saver = range(500), range(500), types.SimpleNamespace(cost=0)
-    run.epoch_seen, run.epoch_begun = 200 * 64, time.time() - 10
-    assert 0.8 < run.part_done() < 1
+def test_a_slow_first_step_after_a_restart_does_not_end_a_run_with_minutes(folder, monkeypatch):
+    assert here(folder, *SMALL, "--max-steps", 3) == 0
+    monkeypatch.setattr(scriptc, "START", time.monotonic())
+    run = build_run("--minutes", 5)
+    run.restore(scriptc.read_checkpoint(folder / "checkpoint.pth"))
+    run.train_numbers = range(500)
+    run.progress.seconds = 240
+    run.progress.seconds_of_drawing = 6
+    monkeypatch.setattr(scriptc, "START", time.monotonic() - 12)  # the first step took twelve seconds
+    assert 0.8 < run.done() < 1
 
 
 def test_an_epoch_sees_every_image_once_although_the_folder_grew_in_the_middle_of_it(folder, monkeypatch):
@@ -350,15 +389,15 @@ def test_an_epoch_sees_every_image_once_although_the_folder_grew_in_the_middle_o
 
     monkeypatch.setattr(scriptc.Faces, "batch", batch)
     assert here(folder, "--epochs", 1) == 0
-    train_rows = scriptc.split(scriptc.load_images(folder / "faces", 16, folder)[0], checkpoint(folder)["heldout"])[0]
-    assert sorted(seen) == train_rows.tolist() and len(seen) > 55
+    training = scriptc.split(load(folder / "faces")[0])[0]
+    assert sorted(seen) == training.tolist() and len(seen) > 55
 
 
 def test_short_epochs_do_not_make_checkpoints_more_frequent_than_save_minutes(folder, monkeypatch):
     saves, real_save = [], scriptc.save_checkpoint
     monkeypatch.setattr(scriptc, "save_checkpoint", lambda *arguments: saves.append(1) or real_save(*arguments))
     assert here(folder, *SMALL, "--epochs", 20) == 0
-    assert len(saves) == 1  # the one at the end
+    assert len(saves) == 2  # after the first step, which shows that it can be saved, and at the end
 
 
 def test_advice_under_demo_can_be_followed(tmp_path, capsys):
@@ -377,6 +416,231 @@ def test_a_run_can_be_resumed_in_another_precision(trained, tmp_path):
     assert checkpoint(tmp_path)["epoch"] == 6
 
 
+# Second starts that must not mislead
+
+
+def test_every_resume_says_which_file_at_which_epoch_and_step(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert here(tmp_path, "--epochs", 3, "--sample-steps", 3) == 0
+    assert f"resumed     {tmp_path / 'checkpoint.pth'}, epoch 3, after step" in capsys.readouterr().out
+    (tmp_path / "checkpoint.pth").unlink()
+    assert here(tmp_path, "--epochs", 4, "--sample-steps", 3) == 0
+    assert f"resumed     {tmp_path / 'checkpoint.previous.pth'}, epoch" in capsys.readouterr().out
+
+
+def test_to_start_over_all_files_that_must_go_are_named(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    sentence = refused(tmp_path, "--image-size", 32)
+    assert "move away" in sentence and "checkpoint.pth and " in sentence and "checkpoint.previous.pth" in sentence
+    (tmp_path / "checkpoint.pth").unlink()
+    sentence = refused(tmp_path, "--image-size", 32)
+    assert sentence.startswith(str(tmp_path / "checkpoint.previous.pth")) and "checkpoint.pth and" not in sentence
+
+
+def test_a_new_run_in_the_results_of_an_old_one_does_not_show_the_old_grids(folder):
+    assert here(folder, *SMALL, "--epochs", 3) == 0
+    before = {path.name for path in (folder / "results").glob("epoch*.png")}
+    flags = [*SMALL, "--batch-size", 8, "--epochs", 1, "--checkpoint", folder / "new.pth"]
+    for path in before:  # the old run has a grid for each moment of the new one
+        shutil.copy(folder / "results" / path, folder / "results" / "epoch_1_step_2.png")
+    assert here(folder, *flags) == 0
+    told = json.loads((folder / "results" / "run.js").read_text().removeprefix("show(").removesuffix(");\n"))
+    assert [name for *_, name in told["grids"]] == [f"epoch_1_step_{checkpoint_at(folder / 'new.pth')['step']}.png"]
+
+
+def checkpoint_at(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_duplicates_among_the_images_do_not_spoil_the_usual_distance(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    twice = np.concatenate((pixels, pixels))
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8))
+    faces = scriptc.Faces(twice, range(80), torch.device("cpu"))
+    ratios = scriptc.save_nearest(images.permute(0, 3, 1, 2) / 127.5 - 1, faces, tmp_path / "nearest.png")
+    assert ratios.tolist() == pytest.approx([1] * 4, abs=0.2)
+
+
+def test_output_that_cannot_encode_a_path_does_not_end_the_run(folder):
+    results = folder / "Bilder f\u00fcr sp\u00e4ter \u4eba"
+    done = subprocess.run(command(folder, *SMALL, "--max-steps", 1, "--results", results), capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (done.returncode, done.stderr) == (0, b"") and rb"f\xfcr sp\xe4ter" in done.stdout
+    assert list(results.glob("epoch_1_step_1.png"))
+
+
+def test_epochs_of_one_step_do_not_write_the_whole_table_each_time(folder, monkeypatch):
+    written, real_replacing = [], scriptc.replacing
+    monkeypatch.setattr(scriptc, "replacing", lambda path: written.append(path.name) or real_replacing(path))
+    assert here(folder, *SMALL, "--batch-size", 64, "--epochs", 40) == 0
+    assert written.count("metrics.csv") < 20 and len(table(folder)) == 40
+
+
+def test_a_run_that_diverged_in_its_last_moments_does_not_say_done(folder, monkeypatch, capsys):
+    real_batch = scriptc.Faces.batch
+    monkeypatch.setattr(scriptc.Faces, "batch", lambda self, rows, flip=None: real_batch(self, rows, flip) * (
+        math.nan if flip is not None else 1))
+    monkeypatch.setattr(scriptc, "BAD_STEPS", 2)
+    monkeypatch.setattr(scriptc, "LOOK_SECONDS", 1000)
+    assert here(folder, *SMALL, "--max-steps", 5) == 1
+    assert "--lr" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(WINDOWS, reason="Windows has no pipes that end so")
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(folder):
+    reading, writing = os.pipe()
+    run = subprocess.Popen(command(folder, *SMALL, "--epochs", 30), stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)  # as head does
+    _, error = run.communicate(timeout=120)
+    assert (run.returncode, error) == (0, b"") and checkpoint(folder)["epoch"] == 30
+
+
+@pytest.mark.skipif(WINDOWS, reason="Windows has no terminals that hang up")
+def test_a_closed_terminal_ends_the_run_with_a_checkpoint_and_nohup_keeps_it(folder):
+    import pty
+
+    leader, follower = pty.openpty()
+    code = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    flags = command(folder, *SMALL, "--epochs", 10**6, "--save-minutes", 1000)
+    run = subprocess.Popen([sys.executable, "-c", code, *flags], stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    said = b""
+    while b"epoch" not in said:
+        said += os.read(leader, 1000)
+    time.sleep(1)
+    os.close(leader)
+    assert run.wait(timeout=60) == 130 and checkpoint(folder)["step"] > 1
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    kept = start(folder, *SMALL, "--max-steps", checkpoint(folder)["step"] + 200, **ignoring)
+    kept.stdout.readline()
+    kept.send_signal(signal.SIGHUP)
+    kept.communicate(timeout=120)
+    assert kept.returncode == 0
+
+
+def plant(folder, trained, change):
+    """A checkpoint in `folder` with one thing changed by the function `change`."""
+    state = checkpoint(trained)
+    change(state)
+    torch.save(state, folder / "checkpoint.pth")
+
+
+PLANTED = {
+    "only a version": lambda state: [state.pop(name) for name in [*state] if name != "version"],
+    "a channel too wide": lambda state: state["config"].update(channels=[10**9]),
+    "an image too large": lambda state: state["config"].update(image_size=10**6),
+    "too many timesteps": lambda state: state["config"].update(timesteps=10**9),
+    "channels of other weights": lambda state: state["config"].update(channels=[4096] * 4),
+    "a setting of another kind": lambda state: state["config"].update(lr="fast"),
+    "a flag as a setting": lambda state: state["config"].update(lr="--demo"),
+    "no setting": lambda state: state["config"].pop("seed"),
+    "an epoch that is a word": lambda state: state.update(epoch="two"),
+    "rows of another length": lambda state: state.update(history=[[1, 2]]),
+    "a history as long as memory": lambda state: state.update(history=[[k] * 9 for k in range(10**6)]),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_checkpoint_is_refused_in_a_sentence(folder, trained, planted):
+    plant(folder, trained, PLANTED[planted])
+    assert "not a checkpoint" in refused(folder, "--epochs", 9)
+
+
+@pytest.mark.parametrize("missing", ["adam", "muon"])
+def test_a_checkpoint_without_an_optimizer_is_refused_in_a_sentence(folder, trained, missing):
+    plant(folder, trained, lambda state: state["optimizer"].pop(missing))
+    assert "do not fit together" in refused(folder, "--epochs", 9)
+
+
+def test_a_damaged_page_does_not_end_sampling(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results" / "run.js").write_text("show({")
+    assert here(tmp_path, "--sample", 2, "--sample-steps", 2) == 0
+
+
+def test_nothing_is_called_good_that_was_never_saved(folder, tmp_path, monkeypatch, capsys, trained):
+    state = checkpoint(trained)
+    next(iter(state["ema"].values())).view(-1)[0] = float("nan")
+    with pytest.raises(scriptc.UserError, match="run the command again with a lower --lr"):
+        scriptc.save_checkpoint(tmp_path / "none.pth", state)
+    monkeypatch.setattr(scriptc, "save_checkpoint", no_save)
+    monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
+    assert here(folder, *SMALL, "--max-steps", 1) == 1
+    assert "there is none yet" in capsys.readouterr().err
+
+
+def test_demo_and_sample_without_a_run_give_advice_that_can_be_followed(tmp_path, capsys):
+    assert scriptc.main(["--demo", "--sample", "4", "--results", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "train first" in error and "--checkpoint" not in error
+
+
+def test_the_page_is_told_when_pictures_are_drawn(folder, monkeypatch):
+    states, real_page = [], scriptc.write_page
+    monkeypatch.setattr(scriptc, "write_page", lambda *arguments: states.append(arguments[-1]) or real_page(*arguments))
+    assert here(folder, *SMALL, "--max-steps", 1) == 0
+    assert states[-2:] == ["drawing", "finished"]
+
+
+def test_the_demo_draws_new_faces_for_another_size(tmp_path):
+    flags = ["--demo", "--channels", "8", "--max-steps", "1", "--results", str(tmp_path), "--sample-steps", "2"]
+    for size in ("16", "32"):
+        (tmp_path / "demo" / "model_checkpoint.pth").unlink(missing_ok=True)
+        (tmp_path / "demo" / "model_checkpoint.previous.pth").unlink(missing_ok=True)
+        assert scriptc.main([*flags, "--image-size", size]) == 0
+        with Image.open(next((tmp_path / "demo" / f"faces_{size}px").glob("*.png"))) as face:
+            assert face.size == (int(size), int(size))
+
+
+def test_a_clock_that_has_not_ticked_divides_nothing_by_zero(folder, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(scriptc.time, "monotonic", lambda: now)
+    assert here(folder, *SMALL, "--max-steps", 2) == 0
+
+
+def test_a_clock_that_is_set_does_not_change_a_run_with_minutes(folder, monkeypatch):
+    hours = iter(range(0, 10**9, 3600))
+    real_time = time.time
+    monkeypatch.setattr(scriptc.time, "time", lambda: real_time() + next(hours))
+    assert here(folder, *SMALL, "--minutes", 0.3) == 0
+    assert checkpoint(folder)["step"] > 20
+
+
+def test_moments_in_another_layout_are_brought_into_that_of_the_weights(trained):
+    saved = scriptc.read_checkpoint(trained / "checkpoint.pth")
+    for moments in saved["optimizer"]["adam"]["state"].values():  # as an Apple GPU saves them
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = moments[name].contiguous()
+    run = build_run()
+    run.restore(saved)
+    for weight, moments in run.optimizers["adam"].state.items():
+        assert moments["exp_avg"].stride() == weight.stride()
+        assert torch.equal(moments["exp_avg_sq"], moments["exp_avg_sq"].contiguous())
+
+
+def test_several_processes_on_a_mac_use_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert scriptc.choose_device(None).type == "mps"
+    monkeypatch.setattr(scriptc, "PROCESSES", 2)
+    assert scriptc.choose_device(None).type == "cpu"
+
+
+def test_a_failure_of_cudnn_that_is_not_lack_of_memory_is_still_named():
+    error = RuntimeError("Unable to find an engine to execute this computation: bad driver")
+    with pytest.raises(scriptc.UserError, match="bad driver"):
+        scriptc.halve_or_raise(1, error)
+
+
+def test_an_nvidia_gpu_that_this_pytorch_cannot_use_is_named_in_the_device_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert here(folder, *SMALL, "--max-steps", 1) == 0
+    assert re.search(r"^device +cpu.*cannot use the NVIDIA GPU", capsys.readouterr().out, re.M)
+
+
 # Micro-batches and processes
 
 
@@ -387,7 +651,7 @@ def test_a_step_in_micro_batches_learns_the_same(folder, monkeypatch):
     parts = folder / "parts.pth"
     assert here(folder, *flags, "--checkpoint", parts) == 0
     for one, other in zip(checkpoint(folder)["history"], torch.load(parts, weights_only=True)["history"], strict=True):
-        assert one[:3] == other[:3] and one[3:5] == pytest.approx(other[3:5], abs=1e-4)
+        assert one[:3] == other[:3] and one[3:6] == pytest.approx(other[3:6], rel=1e-3)
 
 
 OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
@@ -411,14 +675,14 @@ def test_when_memory_runs_out_a_step_and_a_drawing_are_repeated_with_half_the_im
     parts = folder / "parts.pth"
     assert here(folder, *flags, "--checkpoint", parts, "--results", folder / "parts") == 0
     for one, other in zip(expected, torch.load(parts, weights_only=True)["history"], strict=True):
-        assert one[:3] == other[:3] and one[3:5] == pytest.approx(other[3:5], abs=1e-4)
+        assert one[:3] == other[:3] and one[3:6] == pytest.approx(other[3:6], rel=1e-3)
     assert len(grid) == pytest.approx(len(next((folder / "parts").glob("epoch*.png")).read_bytes()), rel=0.02)
     assert here(folder, "--checkpoint", parts, "--sample", 9, "--sample-steps", 2) == 0
     assert len(list((folder / "results" / "samples").iterdir())) == 9
 
 
 def test_with_several_processes_a_drawing_too_is_repeated_with_half_the_images(monkeypatch):
-    def sample(model, count, **settings):
+    def sample(model, count, noise=None, **settings):
         if count > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return torch.zeros(count, 3, 16, 16)
@@ -494,7 +758,7 @@ def test_processes_that_do_not_see_the_same_checkpoint_end_with_a_clear_message(
 
 def test_sample_into_a_new_folder_makes_no_page_of_a_run_that_is_not_there(trained, tmp_path):
     assert here(trained, "--sample", 2, "--sample-steps", 2, "--results", tmp_path / "new") == 0
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"samples", "samples.png", "nearest.png"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"samples", "samples.png", "nearest.png", "morph.webp"}
 
 
 def test_sample_draws_single_images_and_a_grid_that_repeat(trained, tmp_path):
@@ -516,15 +780,17 @@ def test_the_nearest_training_image_is_found_also_mirrored():
     pixels = np.random.default_rng(0).integers(0, 256, (1500, 16, 16, 3), np.uint8)
     images = torch.from_numpy(pixels[[3, 1400]]).permute(0, 3, 1, 2) / 127.5 - 1
     images[1] = images[1].flip(2)
-    least, closest = scriptc.distances(images, pixels).min(dim=1)
+    faces = scriptc.Faces(pixels, range(1500), torch.device("cpu"))
+    least, closest = scriptc.distances(images, faces).min(dim=1)
     assert closest.tolist() == [3, 1400] and least.max() < 0.1
 
 
 def test_a_drawing_has_distance_0_to_a_copy_and_1_to_what_is_as_far_as_training_images_are(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), np.uint8)
     new = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8))
-    copies = torch.from_numpy(pixels[:5])
-    ratios = scriptc.save_nearest(scriptc.to_x_0(torch.cat((copies, new))), pixels, tmp_path / "nearest.png")
+    images = torch.cat((torch.from_numpy(pixels[:5]), new)).permute(0, 3, 1, 2) / 127.5 - 1
+    faces = scriptc.Faces(pixels, range(300), torch.device("cpu"))
+    ratios = scriptc.save_nearest(images, faces, tmp_path / "nearest.png")
     assert ratios[:5].max() < 0.01 and ratios[5:].tolist() == pytest.approx([1] * 4, abs=0.1)
     assert Image.open(tmp_path / "nearest.png").width == 960
 
@@ -549,7 +815,7 @@ def test_all_kinds_of_image_files_are_read_as_they_look(tmp_path):
         face.save(tmp_path / f"format.{suffix}")
     face.save(tmp_path / "a_png_called.jpg", "PNG")
     for path in tmp_path.iterdir():
-        pixels, reason = scriptc.decode(str(path), 16)
+        pixels, reason, _ = scriptc.decode(str(path), 16)
         assert reason == "" and pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8, path.name
         expected = small if path.stem not in ("gray", "deep") else np.asarray(gray.resize((16, 16)).convert("RGB"))
         assert np.abs(pixels.astype(int) - expected).mean() < 6, path.name
@@ -634,31 +900,48 @@ def test_links_are_followed_but_a_cycle_ends(tmp_path):
     (tmp_path / "faces" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "faces")
     (tmp_path / "faces" / "itself.png").symlink_to("itself.png")
-    names, _, skipped = scriptc.load_images(tmp_path / "faces", 16, tmp_path)
+    names, _, skipped = load(tmp_path / "faces")
     assert len(names) == 3 and list(skipped) == ["itself.png"]
 
 
 def test_a_folder_that_cannot_be_written_keeps_its_cache_in_results(folder, monkeypatch):
     real_access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder / "faces" and real_access(path, mode))
-    first = scriptc.load_images(folder / "faces", 16, folder)
+    (folder / "results").mkdir()
+    first = load(folder / "faces")
     monkeypatch.setattr(scriptc, "decode", None)
-    second = scriptc.load_images(folder / "faces", 16, folder)
-    assert (folder / ".faces_16px.cache").exists() and not list((folder / "faces").glob(".*"))
-    assert first[0] == second[0] and (first[1] == second[1]).all()
+    second = load(folder / "faces")
+    assert (folder / "results" / ".faces_16px.cache").exists() and not list((folder / "faces").glob(".*"))
+    assert first[0] == second[0] and (pixels_of(first[1]) == pixels_of(second[1])).all()
 
 
-def test_the_cache_follows_the_folder(tmp_path, monkeypatch):
-    faces, decoded = tmp_path / "faces", []
-    real_decode = scriptc.decode
-    monkeypatch.setattr(scriptc, "decode", lambda path, size: decoded.append(path) or real_decode(path, size))
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that are decoded from now on."""
+    names, real_decode = [], scriptc.decode
+
+    def decode(path, size):
+        names.append(os.path.basename(path))
+        return real_decode(path, size)
+
+    monkeypatch.setattr(scriptc, "decode", decode)
+    return names
+
+
+def assert_right(root, names, faces):
+    """The pixels are those of the files of these names."""
+    assert len(faces.rows) == len(names)
+    for name, image in zip(names, pixels_of(faces)):
+        assert (image == scriptc.read_image(root / name, image.shape[0])).all()
+
+
+def test_the_cache_follows_the_folder(tmp_path, decoded):
+    faces = tmp_path / "faces"
 
     def names():
         decoded.clear()
-        found, pixels, _ = scriptc.load_images(faces, 16, tmp_path)
-        assert (faces / ".faces_16px.cache").exists() and len(pixels) == len(found)
-        for name, image in zip(found, pixels):
-            assert (image == real_decode(str(faces / name), 16)[0]).all()
+        found, pixels, _ = load(faces)
+        assert_right(faces, found, pixels)
         return found
 
     fill_folder(faces, 6, 32)
@@ -667,40 +950,103 @@ def test_the_cache_follows_the_folder(tmp_path, monkeypatch):
     (faces / first[0]).unlink()
     draw_face(77, 32).save(faces / first[1])
     draw_face(78, 32).save(faces / "a_new_one.png")
-    assert names() == ["a_new_one.png", *first[1:]] and len(decoded) == 2
-    assert scriptc.load_images(faces, 32, tmp_path)[1].shape == (6, 32, 32, 3)
+    assert names() == ["a_new_one.png", *first[1:]] and sorted(decoded) == ["a_new_one.png", first[1]]
+    assert load(faces, 32)[1].pixels.shape == (6, 32, 32, 3)
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "empty", "index cut", "index foreign", "index of another"])
-def test_a_damaged_cache_is_rebuilt(tmp_path, damage):
-    fill_folder(tmp_path, 5, 32)
-    scriptc.load_images(tmp_path, 16, tmp_path)
-    pixels = tmp_path / ".faces_16px.cache"
-    index = tmp_path / ".faces_16px.cache.json"
-    path, sound = (index if "index" in damage else pixels), pixels.read_bytes()
+def test_images_that_arrive_while_another_run_uses_the_cache_are_added(tmp_path, decoded):
+    faces = tmp_path / "faces"
+    fill_folder(faces, 6, 32)
+    names, training, _ = load(faces)  # keeps the cache mapped into memory, as a training does
+    before = pixels_of(training)
+    draw_face(78, 32).save(faces / "a_new_one.png")
+    assert_right(faces, *load(faces)[:2])
+    assert (pixels_of(training) == before).all() and len(decoded) == 7
+
+
+def test_when_most_of_the_cache_is_of_images_that_are_gone_it_is_made_anew(tmp_path):
+    faces = tmp_path / "faces"
+    fill_folder(faces, 30, 32)
+    load(faces)
+    long = (faces / ".faces_16px.cache").stat().st_size
+    for path in sorted(faces.glob("*.png"))[:25]:
+        path.unlink()
+    assert len(load(faces)[0]) == 5 and (faces / ".faces_16px.cache").stat().st_size < long / 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
+def test_a_damaged_cache_is_repaired(tmp_path, damage):
+    fill_folder(tmp_path / "faces", 5, 32)
+    load(tmp_path / "faces")
+    path = tmp_path / "faces" / ".faces_16px.cache"
     content = path.read_bytes()
-    path.write_bytes({"cut": content[:-400], "foreign": b"PK" + bytes(5000), "empty": b"", "index cut": content[:-9],
-                      "index foreign": b'{"files": 3}', "index of another": content.replace(b"token", b"taken")}[damage])
-    assert len(scriptc.load_images(tmp_path, 16, tmp_path)[0]) == 5
-    assert pixels.read_bytes()[:-16] == sound[:-16]
+    path.write_bytes({"cut": content[:-400], "foreign": b"PK" + bytes(5000), "empty": b""}[damage])
+    assert_right(tmp_path / "faces", *load(tmp_path / "faces")[:2])
+    assert path.read_bytes() == content
 
 
-def test_the_index_of_the_cache_is_not_read_if_it_is_larger_than_the_folder_explains(tmp_path, monkeypatch):
-    fill_folder(tmp_path, 5, 32)
-    (tmp_path / ".faces_16px.cache").write_bytes(bytes(100))
-    with open(tmp_path / ".faces_16px.cache.json", "wb") as index:
-        index.truncate(10**8)
-    monkeypatch.setattr(scriptc.json, "loads", None)
-    assert scriptc.open_cache(tmp_path / ".faces_16px.cache", 16, scriptc.list_files(tmp_path)) == ({}, None)
-
-
-def test_links_in_the_data_folder_are_never_written_through(folder):
+def test_a_link_in_place_of_the_cache_is_not_written_through(folder):
     precious = folder / "precious"
     precious.write_text("precious")
-    for name in (".faces_16px.cache", ".faces_16px.cache.json", f"..faces_16px.cache.{os.getpid()}.tmp"):
-        (folder / "faces" / name).symlink_to(precious)
-    scriptc.load_images(folder / "faces", 16, folder)
+    try:
+        (folder / "faces" / ".faces_16px.cache").symlink_to(precious)
+    except OSError:
+        pytest.skip("Windows lets only administrators make links")
+    load(folder / "faces")
     assert precious.read_text() == "precious" and not (folder / "faces" / ".faces_16px.cache").is_symlink()
+
+
+def test_an_interrupted_reading_of_images_keeps_what_was_read_before_and_then(tmp_path, decoded, monkeypatch):
+    faces = tmp_path / "faces"
+    fill_folder(faces / "old", 20, 32)
+    load(faces)
+    fill_folder(faces / "a", 300, 32, seed=100)
+    counted, real_decode = iter(range(280)), scriptc.decode
+
+    def decode(path, size):
+        if next(counted, None) is None:
+            raise KeyboardInterrupt
+        return real_decode(path, size)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scriptc, "decode", decode)
+        load(faces)
+    decoded.clear()
+    names, *_ = load(faces)
+    assert len(names) == 320 and len(decoded) < 60
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "Permission denied"), MemoryError()])
+def test_an_image_that_could_not_be_read_for_a_passing_reason_is_read_at_the_next_start(tmp_path, monkeypatch, error):
+    fill_folder(tmp_path / "faces", 5, 32)
+    real_open = Image.open
+
+    def fail(path, **options):
+        if "000003" in str(path):
+            raise error
+        return real_open(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        names, _, skipped = load(tmp_path / "faces")
+        assert len(names) == 4 and list(skipped) == ["face_000003.png"] and skipped["face_000003.png"]
+    assert len(load(tmp_path / "faces")[0]) == 5
+
+
+def test_two_starts_at_once_on_one_folder_read_the_right_images(tmp_path):
+    fill_folder(tmp_path / "faces", 200, 32)
+    starts = [subprocess.Popen(command(tmp_path, *SMALL, "--max-steps", 1, "--results", tmp_path / number, "--checkpoint",
+                                       tmp_path / f"{number}.pth"), stdout=subprocess.DEVNULL) for number in "12"]
+    assert [start.wait(timeout=300) for start in starts] == [0, 0]
+    assert_right(tmp_path / "faces", *load(tmp_path / "faces")[:2])
+
+
+def test_pictures_below_the_data_folder_do_not_become_training_images(folder, capsys):
+    places = ["--results", folder / "faces" / "run" / "results", "--checkpoint", folder / "faces" / "run" / "c.pth"]
+    for steps in (1, 2):
+        assert here(folder, *SMALL, "--max-steps", steps, *places) == 0
+        assert "40 below" in capsys.readouterr().out
+    assert "name another folder" in refused(folder, *SMALL, "--results", folder / "faces")
 
 
 def test_control_characters_in_names_reach_neither_the_terminal_nor_the_list_of_skipped_images(folder, capsys):
@@ -711,31 +1057,39 @@ def test_control_characters_in_names_reach_neither_the_terminal_nor_the_list_of_
     assert len(lines) == 1 and lines[0].startswith(r"forged.png: fine\nanother\x1b[2J.png: ")
 
 
-def held_out(names, *compared):
-    return {names[row] for row in scriptc.split(names, *compared)[1].tolist()}
+def held_out(names):
+    return {*names} - {names[number] for number in scriptc.split(names)[0].tolist()}
+
+
+def compared(names, hashes=()):
+    """Names of the held-out and of the training images that are compared, and their hashes."""
+    _, heldout, trained, found = scriptc.split(names, hashes)
+    return {names[number] for number in heldout.tolist()}, {names[number] for number in trained.tolist()}, found
+
+
+NUMBERED = [f"{number:04d}.jpg" for number in range(1000)]
 
 
 def test_held_out_images_stay_held_out_as_the_folder_grows():
-    names = [f"{number:04d}.jpg" for number in range(1000)]
-    few, many = held_out(names[:400]), held_out(names)
-    assert few == many & set(names[:400]) and 20 < len(many) < 90
+    few, many = held_out(NUMBERED[:400]), held_out(NUMBERED)
+    assert few == many & set(NUMBERED[:400]) and 20 < len(many) < 90
 
 
-def test_the_held_out_error_is_measured_on_the_same_images_as_the_folder_grows():
-    names = [f"{number:04d}.jpg" for number in range(1000)]
-    first = scriptc.split(names[500:700])
-    grown = scriptc.split(names, first[2])
-    assert held_out(names[500:700]) == {names[row] for row in grown[1].tolist()} and grown[2] == first[2]
-    assert not {names[row] for row in grown[0].tolist()} & held_out(names)  # all others of their kind stay held out, too
+def test_the_losses_are_measured_on_the_same_images_as_the_folder_grows():
+    heldout, trained, hashes = compared(NUMBERED[300:900])
+    assert heldout == held_out(NUMBERED[300:900]) and len(trained) == len(heldout) and not trained & held_out(NUMBERED)
+    assert compared(NUMBERED, hashes) == (heldout, trained, hashes)
 
 
-NUMBERED = [f"{number}.png" for number in range(400)]
+def test_the_losses_are_measured_on_more_images_once_there_are_twice_as_many():
+    *_, hashes = compared(NUMBERED[:20])
+    heldout, trained, more = compared(NUMBERED, hashes)
+    assert heldout == held_out(NUMBERED) and len(trained) == len(heldout) and more != hashes
 
 
 @pytest.mark.parametrize("names", [[f"{number}/38.png" for number in range(400)], NUMBERED[:2], sorted(held_out(NUMBERED))])
 def test_neither_side_of_the_split_is_ever_empty(names):
-    train, held, *_ = scriptc.split(names)
-    assert len(train) and len(held) and len(train) + len(held) == len(names)
+    assert 0 < len(held_out(names)) < len(names) and all(compared(names))
 
 
 # Mistakes
