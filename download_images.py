@@ -426,7 +426,7 @@ def parse_args(argv):
         "--count": (int, 50000, 1, 1e9, "N", "good images to stop at"),
         "--out": (Path, Path(__file__).resolve().parent / "fake_face" / "faces", None, None, "DIR", "folder"),
         "--size": (int, None, 16, 4096, "PX", "store JPEGs of PX x PX pixels instead of what was served"),
-        "--url": (str, "https://thispersondoesnotexist.com/", None, None, "URL", "any address with images"),
+        "--url": (str, "https://thispersondoesnotexist.com/", None, None, "URL", "any address with an image"),
         "--workers": (int, 16, 1, 256, "N", "the most requests in flight"),
         "--max-rate": (float, 20, 0, 1e9, "R", "the most requests a second; 0: no limit"),
         "--timeout": (float, 15, 0.01, 1e6, "S", "seconds that a request may take"),

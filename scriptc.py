@@ -1,17 +1,16 @@
 """Teach a network to draw faces of people who do not exist, by denoising diffusion.
 
-    python scriptc.py                         train on every image below fake_face/, or resume the run started there
-    python scriptc.py --demo                  the same within a few minutes, on faces that the program draws itself
+    python scriptc.py                         train on all images below fake_face/, or resume that run
+    python scriptc.py --demo                  the same in a few minutes, on faces that the program draws
     python scriptc.py --sample 64             no training: draw 64 new faces with the trained network
-    torchrun --nproc_per_node=2 scriptc.py    any of these with two processes, for instance one for each of two GPUs
+    torchrun --nproc_per_node=2 scriptc.py    any of these with two processes, such as one on each of 2 GPUs
 
-Order of the file: settings, method (schedule, network, sampling), training, data, pictures, checkpoint, plumbing,
-main. Read settings and method first; they are the whole algorithm. `training_step` and `train` show how it is
-trained.
+Order of the file: settings, method (schedule, network, sampling), training, data, pictures, checkpoint,
+plumbing, main. Read settings and method, the whole algorithm, first; then `training_step` and `train`.
 
-The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols: x_0
-is an image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's alpha-bar_t.
-Sampling adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
+The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols:
+x_0 is an image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's
+alpha-bar_t. Sampling adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
 """
 
 import time
@@ -61,7 +60,7 @@ class UserError(Exception):
     """An error that only the user can correct. Its text is one sentence that says how."""
 
 
-# ---------------------------------------------------------------------------------------------------- settings ----
+# ---------------------------------------------------------------------------------------------- settings ----
 
 DEMO_IMAGES = 2000
 DEMO_DEFAULTS = {"image_size": 32, "minutes": 5}
@@ -87,15 +86,16 @@ def between(kind, least, most, step=None):
 
 def build_parser(**options):
     """Every setting, its default and its unit."""
-    parser = argparse.ArgumentParser(
-        **options, usage="%(prog)s [flags]", description="Train a diffusion network on faces, and draw new ones.",
-        epilog="Training settings that are not given come from the checkpoint if there is one, else from the defaults.")
+    parser = argparse.ArgumentParser(**options, usage="%(prog)s [flags]",
+        description="Train a diffusion network on faces, and draw new ones.",
+        epilog="Training settings that are not given come from the checkpoint if there is one, "
+               "else from the defaults.")
     count = between(int, 1, 10**9)
     minutes = between(float, 1e-3, 1e6)
     add = parser.add_argument_group("data").add_argument
-    add("--dataroot", metavar="DIR", help="train on all images below it (default: fake_face beside the script)")
+    add("--dataroot", metavar="DIR", help="train on all images below (default: fake_face beside the script)")
     add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
-    add("--checkpoint", metavar="FILE", help="made, later resumed (default: model_checkpoint.pth beside the script)")
+    add("--checkpoint", metavar="FILE", help="made or resumed (default: model_checkpoint.pth by the script)")
     add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself, into results/demo")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
@@ -105,27 +105,28 @@ def build_parser(**options):
     add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000,
         help="diffusion steps (default: 1000)")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", metavar="N", type=count, default=64, help="images per step, all processes (default: 64)")
-    add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no limit is given)")
+    add("--batch-size", metavar="N", type=count, default=64, help="images per step in all (default: 64)")
+    add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no other limit)")
     add("--minutes", metavar="M", type=minutes,
         help="time for the run, start-up included (default: no limit, with --demo 5)")
     add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
-    add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3, help="highest learning rate (default: 0.008)")
-    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="of all random numbers (default: 0)")
+    add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3,
+        help="highest learning rate (default: 0.008)")
+    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="of random numbers (default: 0)")
     add("--save-minutes", metavar="M", type=minutes, default=10, help="between two checkpoints (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=count, help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=count, default=20, help="network evaluations per image (default: 20)")
+    add("--sample-steps", metavar="K", type=count, default=20,
+        help="network evaluations per image (default: 20)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto, by hardware")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: by hardware")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="use torch.compile: the first step takes minutes, later ones may be faster (default: no)")
     return parser
 
 
-# ------------------------------------------------------------------------------------------------------ method ----
-
+# ------------------------------------------------------------------------------------------------ method ----
 
 def linear_beta_schedule(timesteps):
     """Betas (T,), float64, that rise linearly (Ho et al. 2020, section 4). The paper's range, 1e-4 to 0.02,
@@ -204,7 +205,7 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_projection = nn.Linear(c_time, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # at first the block is the identity: this eases training deep networks
+        nn.init.zeros_(self.conv2.weight)  # so the block begins as the identity: this eases training
         nn.init.zeros_(self.conv2.bias)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -286,7 +287,7 @@ def double(x):
         return F.interpolate(x, scale_factor=2)
 
 
-SAMPLERS = {  # (eta, order): how much of the noise is drawn anew at each step, how many estimates of x_0 a step uses
+SAMPLERS = {  # (eta, order): how much of the noise each step draws anew, how many estimates of x_0 it uses
     "ddpm": (1, 1),  # ancestral sampling, Ho et al. 2020, algorithm 2
     "ddim": (0, 1),  # deterministic, Song et al. 2021 (arXiv:2010.02502)
     "dpm++": (0, 2),  # DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095)
@@ -305,7 +306,8 @@ def sampling_schedule(timesteps, steps):
 
 
 @torch.no_grad()
-def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=None, precision="fp32", on_step=None):
+def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=None, precision="fp32",
+           on_step=None):
     """Draw `count` images, (count, 3, S, S) float32 in [-1, 1] on the CPU, from a trained SimpleUnet.
 
     Every sampler of SAMPLERS takes the same step from x_t to the less noisy x_s, with alpha =
@@ -353,7 +355,8 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
 
 def randn(streams, size):
     """Standard normal noise (len(streams), 3, size, size), each image from its own torch.Generator."""
-    noise = torch.stack([torch.randn(3, size, size, generator=stream, device=stream.device) for stream in streams])
+    noise = torch.stack([torch.randn(3, size, size, generator=stream, device=stream.device)
+                         for stream in streams])
     return noise.contiguous(memory_format=memory_format(noise.device))
 
 
@@ -375,11 +378,11 @@ def memory_format(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-# ---------------------------------------------------------------------------------------------------- training ----
+# ---------------------------------------------------------------------------------------------- training ----
 
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
-EMA_POWER = 12  # share of the first i of n steps in the average: (i / n) ** 12, so mostly the last tenth counts
+EMA_POWER = 12  # share of the first i of n steps in the average: (i / n) ** 12, mostly the last tenth
 CORE_PIXELS = 16 * 64**2  # most pixels of a micro-batch for each CPU core: more do not fit in its cache
 COMPARED_MOST = 512  # held-out images, and as many training images, on which the losses are measured
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
@@ -388,8 +391,8 @@ LOOK_SECONDS = 2  # between looks at the loss
 LOG_SECONDS = 30  # between lines of a log file
 LINE_SECONDS = 5  # between the lines of two epochs, at least, with which metrics.csv is written
 
-# a, b, c of each iteration S <- a S + b S^3 + c S^5: the ones that bring singular values from 0.01 to 1 closest to 1
-# in three iterations, found as in Amsel et al. 2025 (arXiv:2505.16932, section 3). Results: from 0.73 to 1.27.
+# a, b, c of each iteration S <- a S + b S^3 + c S^5: those that bring singular values from 0.01 to 1 closest
+# to 1 in three iterations (0.73 to 1.27), found as in Amsel et al. 2025 (arXiv:2505.16932, section 3).
 NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 
@@ -500,7 +503,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.cumulative = timestep_probabilities(args.timesteps, args.image_size).cumsum(0).float().to(device)
         self.losses = torch.zeros(2, device=device)  # sum and number of the losses since the last look
-        self.bad_steps = torch.zeros((), device=device)  # the latest consecutive steps without a finite gradient
+        self.bad_steps = torch.zeros((), device=device)  # latest consecutive steps without a finite gradient
         self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images in the network at a time
         if device.type == "cpu":
             fit = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
@@ -536,21 +539,23 @@ class Run:
             names, self.faces, self.skipped = load_images(args, self.device)
         self.train_numbers, heldout, trained, progress.compared = split(names, progress.compared)
         self.compared = {"train": trained, "heldout": heldout}
-        images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers]).encode()).hexdigest()
+        images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
+                                     .encode()).hexdigest()
         seen = (progress.epoch, progress.step, int(images_hash[:12], 16))
         if broadcast(*seen) != seen:
-            raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: --checkpoint "
-                            "and --dataroot must be on a disk that all machines share")
-        if images_hash != progress.images_hash:  # the folder has changed: the epoch starts over with today's images
+            raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: "
+                            "--checkpoint and --dataroot must be on a disk that all machines share")
+        if images_hash != progress.images_hash:  # the folder has changed: the epoch starts over
             progress.images_hash = images_hash
             progress.images_in_epoch = 0
-        progress.history = [row for row in progress.history if row[0] <= progress.epoch]  # the rest is added later
+        progress.history = [row for row in progress.history if row[0] <= progress.epoch]  # the rest: later
+
     def seconds(self):
         """Seconds of all starts of this run together."""
         return self.progress.seconds + time.monotonic() - START
 
     def images_per_second(self):
-        """Training images a second in this epoch; of the whole run where this start has seen none of the epoch."""
+        """Training images a second in this epoch; of the whole run where this start has seen none of it."""
         seen = self.progress.images_seen - self.epoch_seen
         seconds = time.monotonic() - self.epoch_begun if seen else self.seconds()
         return (seen or self.progress.images_seen) / (seconds + 1e-6)
@@ -566,7 +571,8 @@ class Run:
         done = max(epochs / (args.epochs or math.inf), progress.step / (args.max_steps or math.inf))
         if args.minutes and progress.step:
             trained = self.seconds() - progress.seconds_at_first_step
-            drawing = progress.seconds_of_drawing or 64 * args.sample_steps * trained / 3 / progress.images_seen
+            drawing = (progress.seconds_of_drawing
+                       or 64 * args.sample_steps * trained / 3 / progress.images_seen)
             reserve = 2 * (drawing + progress.seconds_of_saving)
             budget = 60 * args.minutes - min(reserve, 30 * args.minutes) - progress.seconds_at_first_step
             done = max(done, trained / max(budget, 0.1))
@@ -609,7 +615,7 @@ def accumulate_gradients(run, numbers):
     """
     begin = len(numbers) * RANK // PROCESSES
     end = len(numbers) * (RANK + 1) // PROCESSES
-    batch = len(numbers) if end > begin else math.inf  # a process without images computes one, which counts as zero
+    batch = len(numbers) if end > begin else math.inf  # a process without images computes one, which counts 0
     mine = slice(begin, max(end, begin + 1))
     share = [values[mine].split(run.micro_batch) for values in (numbers, *random_draws(run, len(numbers)))]
     loss = torch.zeros((), device=run.device)
@@ -686,7 +692,8 @@ def compared_loss(run, numbers):
 def batches_left(run):
     """Numbers (B,) of the images of each batch that is left of this epoch. Their order depends on (seed,
     epoch)."""
-    order = torch.randperm(len(run.train_numbers), generator=generator("order", run.args.seed, run.progress.epoch))
+    order = torch.randperm(len(run.train_numbers),
+                           generator=generator("order", run.args.seed, run.progress.epoch))
     rest = run.train_numbers[order][run.progress.images_in_epoch:].to(run.faces.rows.device)
     return rest.tensor_split(math.ceil(len(rest) / run.args.batch_size)) if len(rest) else ()
 
@@ -695,8 +702,8 @@ def look(run, bar):
     """Show the loss, renew the page. UserError where training diverges. Waits for the device, so not in each
     step."""
     if run.bad_steps >= BAD_STEPS:
-        raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the checkpoint "
-                        "with a lower --lr or with --precision fp32")
+        raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
+                        "checkpoint with a lower --lr or with --precision fp32")
     run.speed = run.images_per_second()
     total, count = run.losses.tolist()
     run.losses.zero_()
@@ -727,9 +734,9 @@ def end_epoch(run, at_end, stop):
         epoch, step, _, trained, heldout, distance, _, speed, _ = history[-1]
         far = "" if distance is None else f", sample distance {distance:.2f}"
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
-        say(f"epoch {epoch}: step {step:,}, loss {trained:.4f}, held out {heldout:.4f}{far}, {speed:.0f} images/s, "
-            f"{run.seconds_left() / 60:.1f} minutes left{memory}")
-        with replacing(args.results / "metrics.csv") as file:  # always whole: no row is cut off or there twice
+        say(f"epoch {epoch}: step {step:,}, loss {trained:.4f}, held out {heldout:.4f}{far}, {speed:.0f} "
+            f"images/s, {run.seconds_left() / 60:.1f} minutes left{memory}")
+        with replacing(args.results / "metrics.csv") as file:  # always whole: no row is cut off or doubled
             for row in (COLUMNS, *history):
                 file.write(f"{','.join('' if value is None else str(value) for value in row)}\r\n".encode())
 
@@ -769,10 +776,10 @@ def train(run, stop):
     return stopped
 
 
-# -------------------------------------------------------------------------------------------------------- data ----
+# -------------------------------------------------------------------------------------------------- data ----
 
 Image.init()
-Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow warns from there on, and refuses images of more than twice as many
+Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow warns from there on, and refuses images of twice as many
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 HELDOUT_ONE_IN = 20
@@ -781,7 +788,7 @@ HELDOUT_ONE_IN = 20
 def read_image(path, size):
     """First frame of an image file, upright, over white, centre-cropped: (size, size, 3) uint8."""
     with Image.open(path, formats=FORMATS) as image:
-        image.draft(None, (2 * size, 2 * size))  # a JPEG is scaled as it is decoded, to no less than twice the size
+        image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded smaller, at no less than twice the size
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits per channel, which Pillow would clip
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -804,7 +811,7 @@ def decode(path, size):
         stays = True
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        stays = not (getattr(error, "errno", None) or isinstance(error, MemoryError))  # such as a disk that is busy
+        stays = not (getattr(error, "errno", None) or isinstance(error, MemoryError))  # such as a busy disk
     return 0, reason, stays
 
 
@@ -844,9 +851,10 @@ def fill_cache(path, kind, root, files):
     with open(path, "r+b" if path.exists() else "xb") as out, pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
         out.seek(out.seek(0, os.SEEK_END) // kind.itemsize * kind.itemsize)  # over a record that was cut off
-        for some in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill the memory
+        for some in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill memory
             paths = [os.path.join(root, files[key]) for key in some.tolist()]
-            for key, (pixels, reason, stays) in zip(some.tolist(), pool.map(decode, paths, [size] * len(paths))):
+            for key, (pixels, reason, stays) in zip(some.tolist(),
+                                                    pool.map(decode, paths, [size] * len(paths))):
                 if stays:
                     out.write(np.array((key, reason.encode(), pixels), kind).tobytes())
                 else:
@@ -862,15 +870,16 @@ def load_images(args, device):
     written. UserError where there are fewer than two images."""
     root = args.dataroot
     files = list_files(root, {os.path.realpath(args.results), os.path.realpath(args.checkpoint.parent)})
-    path = pathlib.Path(root if os.access(root, os.W_OK) else args.results, f".faces_{args.image_size}px.cache")
+    path = pathlib.Path(root if os.access(root, os.W_OK) else args.results,
+                        f".faces_{args.image_size}px.cache")
     shape = (args.image_size, args.image_size, 3)
-    kind = np.dtype([("file", "S64"), ("reason", "S200"), ("pixels", np.uint8, shape)])  # a record of the cache
+    kind = np.dtype([("file", "S64"), ("reason", "S200"), ("pixels", np.uint8, shape)])  # a cache record
     while not (reserved := lock(path)):
         say(f"another start is reading images into {path}: waiting")
         time.sleep(3)
     with reserved:
         records, numbers = open_cache(path, kind)
-        if path.is_symlink() or len(records) > 2 * len(numbers.keys() & files.keys()):  # mostly of files that are gone
+        if path.is_symlink() or len(records) > 2 * len(numbers.keys() & files.keys()):  # most files gone
             del records
             numbers = {}
             with contextlib.suppress(OSError):  # on Windows it stays while another run uses it
@@ -878,13 +887,15 @@ def load_images(args, device):
         new = {key: name for key, name in files.items() if key not in numbers}
         passing = fill_cache(path, kind, root, new) if new else {}
     records, numbers = open_cache(path, kind)
-    reasons = {key: passing.get(key) or records["reason"][numbers[key]].decode(errors="replace") for key in files}
+    reasons = {key: passing.get(key) or records["reason"][numbers[key]].decode(errors="replace")
+               for key in files}
     used = [key for key in files if not reasons[key]]
     skipped = {files[key]: reason for key, reason in reasons.items()
                if reason and files[key].lower().endswith(SUFFIXES)}
     if len(used) < 2:
-        raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: run "
-                        "download_images.py to fetch faces, or name a folder with --dataroot (--demo needs none)")
+        raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: "
+                        "run download_images.py to fetch faces, or name a folder with --dataroot (--demo "
+                        "needs none)")
     faces = Faces(records["pixels"], [numbers[key] for key in used], device)
     return [files[key] for key in used], faces, skipped
 
@@ -894,7 +905,8 @@ def split(names, compared=()):
     and the hashes of these two. The hash of an image's path below the data root decides what is held out, so
     an image stays on its side as the folder grows. The same images as before, those with the hashes
     `compared`, are compared until there could be twice as many."""
-    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little") for name in names])
+    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little")
+                       for name in names])
     order = hashes.argsort()
     heldout = (hashes % HELDOUT_ONE_IN == 0)
     if heldout.all() or not heldout.any():  # neither side is ever empty
@@ -917,7 +929,8 @@ class Faces:
         self.device = device
         self.pixels = torch.from_numpy(pixels)
         self.rows = torch.tensor(rows)
-        if device.type == "cuda" and len(rows) * self.pixels[0].numel() < torch.cuda.mem_get_info(device)[0] / 4:
+        if (device.type == "cuda"
+                and len(rows) * self.pixels[0].numel() < torch.cuda.mem_get_info(device)[0] / 4):
             self.pixels = torch.cat([self.pixels[some].to(device) for some in self.rows.split(1000)])
             self.rows = torch.arange(len(self.rows), device=device)
 
@@ -933,7 +946,7 @@ class Faces:
         return x_0.contiguous(memory_format=memory_format(self.device))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures ----
+# ---------------------------------------------------------------------------------------------- pictures ----
 
 COLUMNS = ("epoch", "step", "images_seen", "train_loss", "heldout_loss", "sample_distance", "lr",
            "images_per_second", "seconds")
@@ -979,7 +992,8 @@ def draw_pictures(run, stop):
         stages.append((x_t[:4].cpu(), x_0[:4].cpu()))
         return stop.is_set()
 
-    images = draw(run.ema, 64, steps=args.sample_steps, seed=args.seed, precision=run.precision, on_step=on_step)
+    images = draw(run.ema, 64, steps=args.sample_steps, seed=args.seed, precision=run.precision,
+                  on_step=on_step)
     save_curve(history, folder / "loss.png")
     if stop.is_set():
         return None
@@ -992,7 +1006,8 @@ def draw_pictures(run, stop):
     history[-1][DISTANCE] = distance
     paths = [folder / name for *_, name in grids(folder, history)]
     chosen = np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int))
-    save_animation([Image.open(paths[number]).convert("RGB") for number in chosen], folder / "progress.webp", last=2500)
+    save_animation([Image.open(paths[number]).convert("RGB") for number in chosen],
+                   folder / "progress.webp", last=2500)
     return distance
 
 
@@ -1028,12 +1043,13 @@ def draw_morph(model, path, seed, frames=8, **settings):
     """The first eight samples turning into one another in a loop: images drawn from noise between theirs, by
     spherical interpolation, `frames` from each sample to the next."""
     device = next(model.parameters()).device
-    starts = randn([generator("sample", seed, number, device=device) for number in range(8)], model.image_size)
+    starts = randn([generator("sample", seed, number, device=device) for number in range(8)],
+                   model.image_size)
     between_them = []
     for start, end in zip(starts, starts.roll(-1, 0)):
         angle = torch.acos(F.cosine_similarity(start.flatten(), end.flatten(), dim=0))
-        between_them += [(torch.sin((1 - part) * angle) * start + torch.sin(part * angle) * end) / torch.sin(angle)
-                         for part in np.arange(frames) / frames]
+        between_them += [(torch.sin((1 - part) * angle) * start + torch.sin(part * angle) * end)
+                         / torch.sin(angle) for part in np.arange(frames) / frames]
     images = draw(model, len(between_them), torch.stack(between_them), **settings)
     save_animation([to_image(image) for image in images], path, last=150)
 
@@ -1150,17 +1166,18 @@ def write_page(folder, run=None, status=None):
             data = json.loads(path.read_text(encoding="utf-8").removeprefix("show(").removesuffix(");\n"))
         except (OSError, ValueError):  # there is no run to show, or the file is damaged
             return
-    names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "morph.webp", "metrics.csv")
+    names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "morph.webp",
+             "metrics.csv")
     data |= {"pictures": [name for name in names if (folder / name).exists()], "updated": time.time()}
     with replacing(path) as file:
         file.write(f"show({json.dumps(data)});\n".encode())
 
 
-# -------------------------------------------------------------------------------------------------- checkpoint ----
+# -------------------------------------------------------------------------------------------- checkpoint ----
 
 VERSION = 3  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
-LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the checkpoint
+LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the saved
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
 MOST_VALUES = 16_000_000  # bytes of a checkpoint that are not weights; about 160,000 rows of metrics
 RETRY_SECONDS = 30
@@ -1190,7 +1207,6 @@ def save_checkpoint(path, state):
 def save(run, last=False, finished=False):
     """Save the checkpoint of `run`, in rank 0. A failure is a warning, and the next try follows soon; for the
     `last` checkpoint it is a UserError after three tries."""
-    keep_weights_equal(run)
     path = run.args.checkpoint
     for attempt in range(3 if last else 1) if RANK == 0 else ():
         begun = time.monotonic()
@@ -1209,24 +1225,11 @@ def save(run, last=False, finished=False):
         raise UserError(f"{problem}: make room on the disk, then the same command resumes the run")
 
 
-def keep_weights_equal(run):
-    """Several processes take the same steps, so their weights are equal. Where a defect of a device has made
-    them differ, those of rank 0 are taken, with a warning."""
-    if PROCESSES > 1:
-        sums = [weight.double().sum().item() for weight in run.weights]
-        different = torch.tensor(float(broadcast(*sums) != tuple(sums)))
-        dist.all_reduce(different)
-        if different:
-            say(f"warning: {different:.0f} processes have other weights than process 0: its weights are used")
-            for weight in (*run.weights, *run.averages):
-                dist.broadcast(weight.data, 0)
-
-
 def check_values(saved):
     """ValueError where the dict `saved` lacks something, or has a value that the command line could not
     have."""
-    expected = {**{name: dict for name in ("model", "ema", "optimizer", "scaler", "config")}, "finished": bool,
-                **{name: type(value) for name, value in NEW_RUN.items()}}
+    expected = {**{name: dict for name in ("model", "ema", "optimizer", "scaler", "config")},
+                "finished": bool, **{name: type(value) for name, value in NEW_RUN.items()}}
     for name, kind in expected.items():
         if not isinstance(saved.get(name), kind):
             raise ValueError(f"{name} is missing or not as it should be")
@@ -1241,7 +1244,8 @@ def check_values(saved):
     with torch.device("meta"):  # needs no memory
         weights = SimpleUnet(parsed.channels, parsed.image_size, parsed.timesteps).state_dict()
     for name in ("model", "ema"):
-        if {key: value.shape for key, value in saved[name].items()} != {key: weights[key].shape for key in weights}:
+        if ({key: value.shape for key, value in saved[name].items()}
+                != {key: weights[key].shape for key in weights}):
             raise ValueError("its weights do not fit its settings")
 
 
@@ -1254,9 +1258,11 @@ def read_checkpoint(path, rename=False):
     for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
             with zipfile.ZipFile(candidate) as file:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()) or file.testzip():
+                if (any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
+                        or file.testzip()):
                     raise ValueError("it is damaged")  # or a decompression bomb
-                if sum(entry.file_size for entry in file.infolist() if entry.filename.endswith(".pkl")) > MOST_VALUES:
+                if sum(entry.file_size for entry in file.infolist()
+                       if entry.filename.endswith(".pkl")) > MOST_VALUES:
                     raise ValueError("it holds more than this program writes")
             saved = torch.load(candidate, map_location="cpu", weights_only=True)
             if saved.get("version") != VERSION:
@@ -1301,9 +1307,10 @@ def load_model(path, device="cpu"):
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------- plumbing ----
+# ---------------------------------------------------------------------------------------------- plumbing ----
 
-OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory", "find an engine")
+OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory",
+                 "find an engine")
 
 
 def halve_or_raise(size, error):
@@ -1312,8 +1319,8 @@ def halve_or_raise(size, error):
     if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
         raise error
     if size == 1:
-        raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower --channels "
-                        f"({first_line(error)})") from None
+        raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower "
+                        f"--channels ({first_line(error)})") from None
     return math.ceil(size / 2)
 
 
@@ -1321,17 +1328,18 @@ def choose_device(name):
     """The torch.device for --device; UserError where there is none of that name, or fewer GPUs than
     processes."""
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
-               "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # processes cannot exchange its tensors
+               "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # its tensors cannot be exchanged
     name = name or next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     if not present[name]:
-        raise UserError(f"PyTorch finds no {name} device here for {PROCESSES} process{'es' * (PROCESSES > 1)}: leave "
-                        "out --device to use another")
+        raise UserError(f"PyTorch finds no {name} device here for {PROCESSES} process"
+                        f"{'es' * (PROCESSES > 1)}: leave out --device to use another")
     if name != "cuda":
         return torch.device(name)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError(f"there are more processes than CUDA GPUs: start torchrun with --nproc_per_node={count}")
+        raise UserError("there are more processes than CUDA GPUs: start torchrun with "
+                        f"--nproc_per_node={count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -1352,7 +1360,7 @@ def join_processes():
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else restarts find addresses of dead processes
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK,
                             world_size=PROCESSES, store=dist.PrefixStore(f"attempt {attempt}", store),
-                            timeout=datetime.timedelta(days=1))  # the others wait while rank 0 reads and draws
+                            timeout=datetime.timedelta(days=1))  # while rank 0 reads and draws
 
 
 def broadcast(*numbers):
@@ -1387,8 +1395,8 @@ def say(line):
     if RANK == 0:
         try:
             tqdm.write(printable(line))
-        except OSError:  # what read the output, such as tee or a terminal, has ended: the run does not need it
-            sys.stdout = open(os.devnull, "w")
+        except OSError:  # the reader of the output, such as tee, has ended: the run goes on
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class Bar:
@@ -1396,7 +1404,8 @@ class Bar:
     0."""
 
     def __init__(self, title, total, done=0):
-        self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False, disable=RANK > 0 or None)
+        self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False,
+                        disable=RANK > 0 or None)
         self.title = title
         self.total = total
         self.done = done
@@ -1451,8 +1460,7 @@ def replacing(path):
         unfinished.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------------------------- main ----
-
+# -------------------------------------------------------------------------------------------------- main ----
 
 def read_settings(argv, saved=None):
     """The settings of the command line `argv`, completed by those of the checkpoint `saved`, then by the
@@ -1460,7 +1468,8 @@ def read_settings(argv, saved=None):
     parser = build_parser()
     given = parser.parse_args(argv)
     if given.demo and (given.dataroot or given.checkpoint):
-        parser.error("--demo draws its own faces, keeps all in results/demo: leave out --dataroot and --checkpoint")
+        parser.error("--demo draws its own faces, keeps all in results/demo: leave out --dataroot and "
+                     "--checkpoint")
     defaults = DEMO_DEFAULTS if given.demo else {"epochs": 100}
     if saved:
         defaults = defaults | {name: saved["config"][name] for name in STORED}
@@ -1470,16 +1479,17 @@ def read_settings(argv, saved=None):
     args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
     faces = args.results / f"faces_{args.image_size}px" if args.demo else HERE / "fake_face"
     args.dataroot = pathlib.Path(args.dataroot or faces)
-    args.checkpoint = pathlib.Path(args.checkpoint or (args.results if args.demo else HERE) / "model_checkpoint.pth")
+    args.checkpoint = pathlib.Path(args.checkpoint
+                                   or (args.results if args.demo else HERE) / "model_checkpoint.pth")
     args.start_over = f"start over with {'--results NEW_FOLDER' if args.demo else '--checkpoint NEW.pth'}"
     if os.path.realpath(args.results) == os.path.realpath(args.dataroot):
-        raise UserError(f"--results {args.results} is the folder of the images: pictures would become training images; "
-                        "name another folder")
+        raise UserError(f"--results {args.results} is the folder of the images: pictures would become "
+                        "training images; name another folder")
     for name in NETWORK if saved else ():
         if vars(args)[name] != saved["config"][name]:
-            raise UserError(f"{saved['file']} holds another network ({flag_of(name)} {saved['config'][name]} there, "
-                            f"{vars(args)[name]} here): leave out {flag_of(name)} to resume it, {args.start_over}, or "
-                            f"move away {existing(args.checkpoint)}")
+            raise UserError(f"{saved['file']} holds another network ({flag_of(name)} {saved['config'][name]} "
+                            f"there, {vars(args)[name]} here): leave out {flag_of(name)} to resume it, "
+                            f"{args.start_over}, or move away {existing(args.checkpoint)}")
     cells = args.image_size // fold_of(args.image_size)
     if args.channels and cells % 2 ** (len(args.channels) - 1):
         raise UserError(f"the {cells} cells of --image-size {args.image_size} cannot be halved "
@@ -1491,27 +1501,31 @@ def announce(run, saved):
     """Say what is about to happen; write the list of skipped images and the page."""
     args = run.args
     listing = args.results / "skipped_images.txt"
-    ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}" for name in LIMITS if vars(args)[name])
+    ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}"
+                       for name in LIMITS if vars(args)[name])
     held_out = len(run.faces.rows) - len(run.train_numbers)
     about = {"images": f"{len(run.faces.rows):,} below {args.dataroot}, {held_out:,} of them held out"}
     if run.skipped:
         name, reason = min(run.skipped.items())
-        about["skipped"] = f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are in {listing}"
-    about |= {"network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters",
+        about["skipped"] = (f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are in "
+                            f"{listing}")
+    about |= {"network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M "
+                         "parameters",
               "device": f"{run.device.type}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}",
               "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
               "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
               "pictures": str(args.results / "index.html")}
     if shutil.which("nvidia-smi") and not torch.version.cuda:
-        about["device"] += "; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs one that can"
+        about["device"] += ("; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs "
+                            "one that can")
     if saved:
         about["resumed"] = f"{saved['file']}, epoch {saved['epoch'] + 1}, after step {saved['step']:,}"
     for label, text in about.items():
         say(f"{label:12}{text}")
     run.about = list(about.items())
     if RANK == 0:
-        for left_over in (*args.results.glob(".*.tmp"), *args.checkpoint.parent.glob(".*.tmp")):  # of killed runs
-            left_over.unlink(missing_ok=True)
+        for left_over in (*args.results.glob(".*.tmp"), *args.checkpoint.parent.glob(".*.tmp")):
+            left_over.unlink(missing_ok=True)  # of a killed run
         lines = (f"{printable(name)}: {reason}\n" for name, reason in sorted(run.skipped.items()))
         listing.write_text("".join(lines), encoding="utf-8")
         with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
@@ -1529,7 +1543,8 @@ def draw_samples(args, saved, device):
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample_*.png"):
         old.unlink()
-    settings = {"steps": args.sample_steps, "seed": args.seed, "precision": choose_precision(args.precision, device)}
+    settings = {"steps": args.sample_steps, "seed": args.seed,
+                "precision": choose_precision(args.precision, device)}
     bar = Bar("drawing", args.sample)
     pictures = []
     for first in range(0, args.sample, 64):
@@ -1546,8 +1561,8 @@ def draw_samples(args, saved, device):
     try:
         names, faces, _ = load_images(args, torch.device("cpu"))
         ratio = save_nearest(torch.stack(pictures[:16]), faces, args.results / "nearest.png").nanmedian()
-        say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one between a "
-            "training image and its closest other one; far below 1, the network repeats its images")
+        say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
+            "between a training image and its closest other one; far below 1, the network repeats its images")
         distance = RealFaces(faces, split(names, saved["compared"])[0]).sample_distance(torch.stack(pictures))
         say(f"sample distance {distance:.2f}, where real faces have 1")
     except UserError as error:
@@ -1565,7 +1580,8 @@ def run_command(argv):
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             reserved = RANK > 0 or lock(args.checkpoint)  # while this function runs
             if not reserved:
-                raise UserError(f"another run is training {args.checkpoint} at this moment: let it finish, or stop it")
+                raise UserError(f"another run is training {args.checkpoint} at this moment: let it finish, "
+                                "or stop it")
         saved = read_checkpoint(args.checkpoint, rename=not args.sample)
     args = read_settings(argv, saved)
     device = choose_device(args.device)
@@ -1577,7 +1593,6 @@ def run_command(argv):
         return 0
     if args.demo:
         from fake_face.draw_faces import fill_folder
-
         with rank_0_first():
             fill_folder(args.dataroot, DEMO_IMAGES, args.image_size)
     run = Run(args, device)
@@ -1586,14 +1601,15 @@ def run_command(argv):
     run.open_images()
     same_limits = saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
     if saved and saved["finished"] and (same_limits or run.done() >= 1):
-        say(f"{saved['file']} is finished: {saved['epoch']} epochs, {saved['step']} steps. A larger --epochs, --minutes "
-            f"or --max-steps resumes it, --sample 64 draws faces; or {args.start_over}.")
+        say(f"{saved['file']} is finished: {saved['epoch']} epochs, {saved['step']} steps. A larger "
+            f"--epochs, --minutes or --max-steps resumes it, --sample 64 draws faces; or {args.start_over}.")
         return 0
     announce(run, saved)
     stopped = train(run, stop_on_signal())
     warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
-    say(f"Stopped after {run.progress.step} steps, checkpoint saved: the same command resumes the run." if stopped else
-        f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; --sample 64 draws more faces.")
+    say(f"Stopped after {run.progress.step} steps, checkpoint saved: the same command resumes the run."
+        if stopped else f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; "
+        "--sample 64 draws more faces.")
     return 130 if stopped else 0
 
 
@@ -1633,13 +1649,13 @@ def main(argv=None):
         status = 130
         message = "stopped"
     except OSError as error:
-        message = (f"{error}: see whether the disk is full or disconnected, or name folders that can be written with "
-                   "--results and --checkpoint, then the same command resumes the run")
+        message = (f"{error}: see whether the disk is full or disconnected, or name folders that can be "
+                   "written with --results and --checkpoint, then the same command resumes the run")
     except RuntimeError as error:
         if PROCESSES == 1:
             raise
-        message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the same command "
-                   "resumes the checkpoint, automatically with torchrun --max-restarts=3")
+        message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the same "
+                   "command resumes the checkpoint, automatically with torchrun --max-restarts=3")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"scriptc.py: {printable(message)}", file=sys.stderr)

@@ -185,3 +185,93 @@ def test_an_image_is_the_same_however_many_are_drawn_with_it():
     assert torch.allclose(scriptc.sample(model, 2, 4, seed=7, first=3), five[3:], atol=1e-5)
     assert not torch.allclose(scriptc.sample(model, 5, 4, seed=8), five, atol=1e-2)
     assert torch.equal(scriptc.sample(model, 5, 4, seed=7), five)
+
+
+def test_sampling_from_given_noise_is_sampling_from_the_noise_of_the_seed():
+    model = random_network(image_size=16)
+    noise = scriptc.randn([scriptc.generator("sample", 7, number) for number in range(3)], 16)
+    assert torch.equal(scriptc.sample(model, noise=noise), scriptc.sample(model, 3, seed=7))
+
+
+# The optimizer
+
+
+def orthogonalized_one_by_one(x):
+    """Newton-Schulz iterations on one matrix, as the paper writes them."""
+    x = x / (x.norm() + 1e-7)
+    for a, b, c in scriptc.NEWTON_SCHULZ:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (16, 8)])
+def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    together = scriptc.orthogonalize(matrices)
+    for matrix, found in zip(matrices, together):
+        assert torch.allclose(found, orthogonalized_one_by_one(matrix), atol=1e-4)
+        assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.4
+
+
+def test_muon_updates_kernels_of_equal_shape_together_as_one_by_one():
+    stream = torch.Generator().manual_seed(0)
+    kernels = [torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=stream).to(memory_format=torch.channels_last))
+               for _ in range(3)]
+    expected = [kernel.detach().clone() for kernel in kernels]
+    optimizer = scriptc.Muon(kernels, 0.01)
+    momentum = [torch.zeros(8, 36) for _ in kernels]
+    for _ in range(3):
+        for number, kernel in enumerate(kernels):
+            kernel.grad = torch.randn(8, 4, 3, 3, generator=stream).to(memory_format=torch.channels_last)
+            gradient = kernel.grad.permute(0, 2, 3, 1).flatten(1)
+            momentum[number] = 0.9 * momentum[number] + 0.1 * gradient
+            update = orthogonalized_one_by_one(0.1 * gradient + 0.9 * momentum[number])
+            expected[number] -= 0.01 * 0.2 * 6 * update.view(8, 3, 3, 4).permute(0, 3, 1, 2)
+        optimizer.step()
+    assert all(torch.allclose(kernel, other, atol=1e-5) for kernel, other in zip(kernels, expected))
+
+
+def test_a_step_that_found_no_finite_gradient_changes_neither_weights_nor_momentum():
+    kernel = torch.nn.Parameter(torch.ones(8, 4, 3, 3))
+    optimizer = scriptc.Muon([kernel], 0.01)
+    kernel.grad = torch.rand(8, 4, 3, 3)
+    optimizer.step()
+    before, momentum = kernel.detach().clone(), optimizer.state[kernel]["momentum"].clone()
+    kernel.grad = torch.full_like(kernel, math.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(kernel, before) and torch.equal(optimizer.state[kernel]["momentum"], momentum)
+
+
+# The sample distance
+
+
+def pictures(count, seed):
+    """Smooth random pictures (count, 3, 32, 32) in [-1, 1] and Faces of them."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear").clamp(-1, 1)
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return images, scriptc.Faces(pixels, range(count), torch.device("cpu"))
+
+
+def test_the_sample_distance_is_1_for_new_images_of_the_same_kind_and_more_for_others():
+    _, faces = pictures(400, 0)
+    real = scriptc.RealFaces(faces, torch.arange(400))
+    same = pictures(64, 1)[0]
+    distance = real.sample_distance(same)
+    assert distance == pytest.approx(1, abs=0.15)
+    assert real.sample_distance(same * 0.5) > 1.5 * distance  # too little variation
+    assert real.sample_distance(same + 0.3) > 1.5 * distance  # other colours
+    assert real.sample_distance(same[:1].expand(64, 3, 32, 32)) > 1.5 * distance  # one image for all
+
+
+def test_the_frechet_distance_is_that_of_the_covariances():
+    _, faces = pictures(400, 0)
+    real = scriptc.RealFaces(faces, torch.arange(400))
+    values = real.reduce(pictures(64, 1)[0])
+    flat = values.flatten(1)
+    product = flat.T.cov() @ real.covariance
+    root = torch.linalg.eigvals(product).real.clamp(min=0).sqrt().sum()
+    expected = (flat.mean(0) - real.mean).square().sum() + flat.T.cov().trace() + real.covariance.trace() - 2 * root
+    assert real.frechet_distance(values) == pytest.approx(expected.item(), rel=1e-3)

@@ -1,62 +1,93 @@
-"""What one choice in scriptc.py is worth: train copies of it that differ in a line or two, and compare held-out errors.
+"""What one choice in scriptc.py is worth: train it with one thing changed, draw 256 samples, and compare.
 
     python tests/benchmarks/ablate.py --list
-    python tests/benchmarks/ablate.py --dataroot FACES "as it is" "batch of 64" -- --image-size 32 --minutes 5
+    python tests/benchmarks/ablate.py --dataroot FACES "as it is" "batch of 128" -- --image-size 32 --minutes 5
     python tests/benchmarks/ablate.py --dataroot FACES --seeds 3 --keep OUT "no mirroring" -- --image-size 64 --minutes 10
 
 What stands after -- is passed on to scriptc.py. Each run gets the machine for itself, one after the other, and they take
-turns by seed. With --keep the results folders stay, for the grids to be looked at and scored.
+turns by seed. With --keep the results folders stay: look at the grids, and score `samples/` with a face network.
 """
 
 import argparse
 import csv
 import pathlib
-import shutil
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+import torch
 
-VARIANTS = {  # name: [(text in scriptc.py, what replaces it), ...]
-    "as it is": [],
-    "uniform timesteps": [("return density / density.sum()", "return torch.ones_like(density) / timesteps")],
-    "density mean 0": [("DENSITY_MEAN, DENSITY_DEVIATION = 1.0,", "DENSITY_MEAN, DENSITY_DEVIATION = 0.0,")],
-    "density mean 2": [("DENSITY_MEAN, DENSITY_DEVIATION = 1.0,", "DENSITY_MEAN, DENSITY_DEVIATION = 2.0,")],
-    "two blocks at the bottom": [("c_time) for _ in range(4))", "c_time) for _ in range(2))")],
-    "noise straight from the layers": [("return (1 - a_t).sqrt() * x_t + a_t.sqrt() * self", "return self")],
-    "more channels at quarter size": [("[16, 64, 64, 192] if", "[16, 64, 128, 192] if"),
-                                      ("else [16, 32, 64, 128, 192]", "else [16, 32, 128, 128, 192]")],
-    "fewer channels at full size": [("[16, 64, 64, 192] if", "[16, 32, 64, 192] if"),
-                                    ("else [16, 32, 64, 128, 192]", "else [16, 16, 64, 128, 192]")],
-    "no norm": [("        self.norm = nn.GroupNorm(8, c_in)\n", ""), ("F.silu(self.norm(x))", "F.silu(x)")],
-    "batch of 128": [("type=count, default=64, help", "type=count, default=128, help")],
-    "learning rate doubled": [("default=8e-3", "default=1.6e-2")],
-    "learning rate halved": [("default=8e-3", "default=4e-3")],
-    "momentum 0.95": [("MOMENTUM = 0.9 ", "MOMENTUM = 0.95 ")],
-    "five usual Newton-Schulz iterations": [
-        ("(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)",
-         "[(3.4445, -4.775, 2.0315)] * 5")],
-    "Adam for every weight": [("if weight.ndim == 4 and weight not in plain]", "if weight.ndim > 4]"),
-                              ("if weight.ndim != 4 or weight in plain]", "]"), ("default=8e-3", "default=2e-3"),
-                              ('{"muon": Muon(kernels, torch.tensor(lr, device=device)),\n            "adam"', '{"adam"')],
-    "no mirroring": [("generator=stream, device=run.device) < 0.5", "generator=stream, device=run.device) < 0")],
-    "average over a fifth of the run": [("EMA_POWER = 12", "EMA_POWER = 5")],
-    "timesteps drawn one by one": [("(torch.arange(count, device=run.device) + position) / count", "position")],
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import scriptc  # noqa: E402
+
+
+def setting(**values):
+    """A change of constants of scriptc.py."""
+    return lambda: vars(scriptc).update(values)
+
+
+def uniform_timesteps():
+    scriptc.timestep_probabilities = lambda timesteps, size: torch.full((timesteps,), 1 / timesteps, dtype=torch.float64)
+
+
+def bottleneck_of_two():
+    real = scriptc.SimpleUnet.__init__
+
+    def build(self, *arguments, **options):
+        real(self, *arguments, **options)
+        del self.bottleneck[2:]
+
+    scriptc.SimpleUnet.__init__ = build
+
+
+def adam_for_every_weight():
+    scriptc.build_optimizers = lambda model, lr: {
+        "adam": torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)}
+
+
+def draws(change):
+    """A change of flip, t, noise of each step."""
+    def set_draws():
+        real = scriptc.random_draws
+        scriptc.random_draws = lambda run, count: change(run, *real(run, count))
+
+    return set_draws
+
+
+VARIANTS = {  # name: (what changes scriptc.py, flags)
+    "as it is": (setting(), []),
+    "uniform timesteps": (uniform_timesteps, []),
+    "density mean 0": (setting(DENSITY_MEAN=0.0), []),
+    "density mean 2": (setting(DENSITY_MEAN=2.0), []),
+    "two blocks at the bottom": (bottleneck_of_two, []),
+    "not folded": (setting(fold_of=lambda size: 1), []),
+    "folded 2 x 2": (setting(fold_of=lambda size: 2), []),
+    "folded 4 x 4": (setting(fold_of=lambda size: 4), []),
+    "head of 12 channels": (setting(HEAD_CHANNELS=12), []),
+    "head of 32 channels": (setting(HEAD_CHANNELS=32), []),
+    "batch of 128": (setting(), ["--batch-size", "128"]),
+    "learning rate doubled": (setting(), ["--lr", "0.016"]),
+    "learning rate halved": (setting(), ["--lr", "0.004"]),
+    "momentum 0.95": (setting(MOMENTUM=0.95), []),
+    "five usual Newton-Schulz iterations": (setting(NEWTON_SCHULZ=[(3.4445, -4.775, 2.0315)] * 5), []),
+    "Adam for every weight": (adam_for_every_weight, ["--lr", "0.002"]),
+    "no mirroring": (draws(lambda run, flip, t, noise: (flip & False, t, noise)), []),
+    "average over a fifth of the run": (setting(EMA_POWER=5), []),
 }
 
 
-def train(text, folder, flags):
-    """Train the program `text` in `folder`; returns the last row of its metrics."""
-    folder.mkdir(parents=True)
-    (folder / "scriptc.py").write_text(text)
-    places = ["--results", str(folder / "results"), "--checkpoint", str(folder / "checkpoint.pth")]
-    subprocess.run([sys.executable, str(folder / "scriptc.py"), *places, *flags], check=True, stdout=subprocess.DEVNULL)
-    (folder / "checkpoint.pth").unlink()
-    (folder / "checkpoint.previous.pth").unlink(missing_ok=True)
-    with open(folder / "results" / "metrics.csv", newline="") as file:
-        return [*csv.DictReader(file)][-1]
+def run(name, folder, flags):
+    """Train and sample one variant in `folder`, in a process of its own; returns the numbers of its last epoch."""
+    places = ["--results", str(folder), "--checkpoint", str(folder / "checkpoint.pth")]
+    for more in ([], ["--sample", "256"]):
+        command = [sys.executable, __file__, "--as", name, "--", *flags, *places, *more]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with open(folder / "metrics.csv", newline="") as file:
+        return [*csv.DictReader(file)][-1] | {"distance": float(re.search(r"sample distance (\S+),", out)[1])}
 
 
 if __name__ == "__main__":
@@ -69,26 +100,25 @@ if __name__ == "__main__":
     parser.add_argument("--dataroot", help="a folder of faces")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", metavar="DIR", help="keep the results there")
+    parser.add_argument("--as", dest="one", metavar="VARIANT", help="run scriptc.py with this change")
     args = parser.parse_args(own)
+    if args.one:
+        change, more = VARIANTS[args.one]
+        change()
+        sys.exit(scriptc.main([*more, *passed_on]))
     if args.list or not args.dataroot or {*args.variants} - VARIANTS.keys():
         print("\n".join(VARIANTS))
         sys.exit(0 if args.list else "name variants of this list, and a folder of faces with --dataroot")
-    source, rows = (ROOT / "scriptc.py").read_text(), {name: [] for name in args.variants or VARIANTS}
-    place = pathlib.Path(args.keep or tempfile.mkdtemp())
-    print("| variant | seed | steps | images seen | held-out error |\n| --- | --- | --- | --- | --- |")
-    for seed in range(args.seeds):
-        for name in rows:
-            text = source
-            for old, new in VARIANTS[name]:
-                if text.count(old) != 1:
-                    sys.exit(f"{name}: scriptc.py has changed, {old!r} stands there {text.count(old)} times")
-                text = text.replace(old, new)
-            flags = ["--dataroot", args.dataroot, "--seed", str(seed), *passed_on]
-            last = train(text, place / f"{name.replace(' ', '_')}_{seed}", flags)
-            rows[name].append(float(last["heldout_loss"]))
-            print(f"| {name} | {seed} | {last['step']} | {last['images_seen']} | {rows[name][-1]:.4f} |", flush=True)
+    distances = {name: [] for name in args.variants or VARIANTS}
+    with tempfile.TemporaryDirectory() as temporary:
+        print("| variant | seed | steps | held-out error | sample distance, 256 samples |\n| --- | --- | --- | --- | --- |")
+        for seed in range(args.seeds):
+            for name in distances:
+                place = pathlib.Path(args.keep or temporary, f"{name.replace(' ', '_')}_{seed}")
+                last = run(name, place, ["--dataroot", args.dataroot, "--seed", str(seed), *passed_on])
+                distances[name].append(last["distance"])
+                print(f"| {name} | {seed} | {last['step']} | {float(last['heldout_loss']):.4f} | {last['distance']:.2f} |",
+                      flush=True)
     if args.seeds > 1:
-        for name, errors in rows.items():
-            print(f"| {name} | mean of {args.seeds} | | | {statistics.mean(errors):.4f} |")
-    if not args.keep:
-        shutil.rmtree(place)
+        for name, found in distances.items():
+            print(f"| {name} | mean of {args.seeds} | | | {statistics.mean(found):.2f} |")

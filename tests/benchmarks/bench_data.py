@@ -70,11 +70,17 @@ def make_many(folder, count):
 def make_cache(root, size=SIZE):
     """The cache of a folder of make_many, where each of the ten is decoded once."""
     pixels = [scriptc.read_image(root / f"face_{number:06d}.jpg", size) for number in range(10)]
-    decode, scriptc.decode = scriptc.decode, lambda path, size: (pixels[int(path[-5])], "")
+    decode, scriptc.decode = scriptc.decode, lambda path, size: (pixels[int(path[-5])], "", True)
     try:
-        return scriptc.load_images(root, size, root)
+        return load(root, size)
     finally:
         scriptc.decode = decode
+
+
+def load(root, size=SIZE):
+    """load_images() of a folder on the CPU: names, Faces, skipped."""
+    args = argparse.Namespace(dataroot=root, image_size=size, results=root / "results", checkpoint=root / "c.pth")
+    return scriptc.load_images(args, torch.device("cpu"))
 
 
 def child(command):
@@ -116,7 +122,7 @@ def cold(args, folder):
         read = sum(len(images) for images, _ in theirs)
         their_seconds.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        names, pixels, _ = scriptc.load_images(root, SIZE, root)
+        names, faces, _ = load(root)
         ours_seconds.append(time.perf_counter() - begun)
         (root / f".faces_{SIZE}px.cache").unlink()
         assert read == len(names) == args.images
@@ -127,7 +133,7 @@ def cold(args, folder):
            f"{max(t / o for t, o in zip(their_seconds, ours_seconds)):.1f} in {args.repeats} repeats)", "6 times")
 
     ratios = []
-    for name, image in zip(names, pixels):
+    for name, image in zip(names, faces.pixels[faces.rows].numpy()):
         with Image.open(root / name) as jpeg:
             exact = np.asarray(ImageOps.fit(jpeg.convert("RGB"), (SIZE, SIZE), LANCZOS), np.float64)
         ratios.append(10 * np.log10(255**2 / max(((exact - image) ** 2).mean(), 1e-9)))
@@ -137,11 +143,12 @@ def cold(args, folder):
 
 
 LOAD = """
-import pathlib, sys, time
+import argparse, pathlib, sys, time
 sys.path.insert(0, sys.argv[1])
-import scriptc
+import scriptc, torch
 root, begun = pathlib.Path(sys.argv[2]), time.perf_counter()
-print(len(scriptc.load_images(root, 64, root)[0]), time.perf_counter() - begun)
+args = argparse.Namespace(dataroot=root, image_size=64, results=root / "results", checkpoint=root / "c.pth")
+print(len(scriptc.load_images(args, torch.device("cpu"))[0]), time.perf_counter() - begun)
 """
 
 
@@ -167,10 +174,11 @@ def cost(args, folder):
     make_cache(folder / "cost" / "faces")
     flags = ["--dataroot", str(folder / "cost" / "faces"), "--results", str(folder / "cost"), "--image-size", str(SIZE)]
     settings, cpu = scriptc.read_settings(flags), torch.device("cpu")
-    settings.channels = scriptc.default_channels(cpu, SIZE)
+    settings.channels = scriptc.default_channels(cpu)
     run, batch, step = scriptc.Run(settings, cpu), [], []
+    run.open_images()
     for _ in range(args.steps):
-        rows, flip = torch.randint(len(run.faces.pixels), (BATCH,)), torch.rand(BATCH) < 0.5
+        rows, flip = torch.randint(len(run.faces.rows), (BATCH,)), torch.rand(BATCH) < 0.5
         begun = time.perf_counter()
         run.faces.batch(rows, flip)
         converted = time.perf_counter()
@@ -252,7 +260,7 @@ def mutants(args, folder):
         status, _, errors, seconds, peaks[what] = child(train_command(root, results, *flags))
     listing = results / "skipped_images.txt"
     listed = {line.partition(": ")[0] for line in listing.read_text().splitlines() if line.partition(": ")[2]}
-    used = set(scriptc.load_images(root, SIZE, results)[0])
+    used = set(load(root)[0])
     lost = {path.name for path in root.iterdir() if not path.name.startswith(".")} - used - listed
     yield (f"{args.mutants:,} damaged files of {len({ending.rpartition('.')[2] for ending in sound})} formats",
            f"exit status {status} after {seconds:.0f} s, {len(used)} used, {len(listed)} listed with a reason, {len(lost)} "

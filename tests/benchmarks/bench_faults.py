@@ -168,7 +168,8 @@ def table(folder):
 def outcome(folder):
     """What a run has to end with, to the bit, however often it was disturbed."""
     state = whole(folder / "checkpoint.pth")
-    rows = [[value for name, value in row.items() if name not in ("seconds", "images_per_second")] for row in table(folder)]
+    clock = ("seconds", "images_per_second", "sample_distance")  # there is a distance where there was time for a grid
+    rows = [[value for name, value in row.items() if name not in clock] for row in table(folder)]
     grid = folder / "results" / f"epoch_{rows[-1][0]}_step_{state['step']}.png"
     return {**{name: digest(state[name]) for name in PARTS}, "metrics.csv": rows,
             "grid": hashlib.sha256(grid.read_bytes()).hexdigest() if grid.exists() else "missing"}

@@ -1,13 +1,17 @@
 """How fast a training step and sampling are: against the copied notebook, and against the fastest convolution here.
 
     python tests/benchmarks/bench_step.py                          two cores: about ten minutes
-    python tests/benchmarks/bench_step.py --size 32 --only step    some of the parts: step, sampling, loop, start
-    python tests/benchmarks/bench_step.py --device cuda            a card
+    python tests/benchmarks/bench_step.py --size 32 --only step    some of the parts: step, sampling, loop, start, launches
+    python tests/benchmarks/bench_step.py --device cuda            a GPU
 
 Everything that is compared runs in turn, several times; the tables give medians. "ours" is training_step of scriptc.py.
 FLOPs are those of the convolutions and matrix products of the network, counted by PyTorch, forward and backward; those of
 the optimizer do not count. The fastest convolution is the best rate that a forward 3 x 3 convolution of one of the
 network's own shapes, or of 128 channels at 32 px, reaches in the same precision on the same machine.
+
+`launches` counts the operations of a training step and the bytes that they read and write, without views and empty
+tensors, on CPU tensors with the settings for a GPU (bf16 autocast, wide channels). It stands in for a profiler: most
+operations are one kernel on a GPU, those for lists of tensors (foreach, fused) a few.
 """
 
 import argparse
@@ -27,6 +31,8 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -99,13 +105,21 @@ def seconds(works, repeats):
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def our_step(place, batch, precision):
-    """A function that makes one training step of scriptc.py on drawn faces."""
-    flags = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--image-size", args.size, "--batch-size", batch,
-             "--precision", precision, "--channels", *channels, *(["--compile"] if args.compile else [])]
+def our_run(batch, precision, widths):
+    """A Run of scriptc.py whose images are random; needs no disk."""
+    flags = ["--image-size", args.size, "--batch-size", batch, "--precision", precision, "--channels", *widths,
+             *(["--compile"] if args.compile else [])]
     run = scriptc.Run(scriptc.read_settings([str(flag) for flag in flags]), device)
-    rows = torch.arange(batch) % len(run.faces.pixels)
-    return lambda: scriptc.training_step(run, rows.to(run.faces.pixels.device), 0.5)
+    pixels = torch.randint(0, 256, (200, args.size, args.size, 3), dtype=torch.uint8)
+    run.faces = scriptc.Faces(pixels.numpy(), range(200), device)
+    return run
+
+
+def our_step(batch, precision):
+    """A function that makes one training step of scriptc.py."""
+    run = our_run(batch, precision, channels)
+    numbers = torch.arange(batch, device=run.faces.rows.device) % 200
+    return lambda: scriptc.training_step(run, numbers, 0.5)
 
 
 def notebook_step(batch, base, precision):
@@ -132,7 +146,8 @@ def fastest_convolution(precision):
     """The fastest 3 x 3 convolution, on its own, in `precision`: a function that computes it, and its FLOPs."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     works, count = {}, {}
-    for width, side in {(128, 32), *((width, args.size >> level) for level, width in enumerate(channels))}:
+    cells = args.size // scriptc.fold_of(args.size)
+    for width, side in {(128, 32), *((width, cells >> level) for level, width in enumerate(channels))}:
         for batch in (32, 128):
             x = torch.randn(batch, width, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
             weight = torch.randn(width, width, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -165,14 +180,12 @@ def bench_step():
         "against the notebook in the same precision, per FLOP")
     row(*["---"] * 7)
     for batch in args.batches:
-        with tempfile.TemporaryDirectory() as place:
-            fill_folder(pathlib.Path(place, "faces"), 200, args.size)
-            works = {}
-            for precision in precisions:
-                works["ours", precision] = our_step(place, batch, precision)
-                works["notebook", precision] = notebook_step(batch, base, precision)
-                works["convolution", precision] = convolutions[precision][0]
-            taken = seconds(works, args.repeats)
+        works = {}
+        for precision in precisions:
+            works["ours", precision] = our_step(batch, precision)
+            works["notebook", precision] = notebook_step(batch, base, precision)
+            works["convolution", precision] = convolutions[precision][0]
+        taken = seconds(works, args.repeats)
         for precision in precisions:
             most = convolutions[precision][1] / taken["convolution", precision]
             notebook = batch * count["notebook"] / taken["notebook", precision]
@@ -188,7 +201,7 @@ def bench_step():
 
 
 def bench_sampling():
-    model = scriptc.build_network({"image_size": args.size, "channels": channels, "timesteps": 1000}, None, device).eval()
+    model = scriptc.build_network({"image_size": args.size, "channels": channels, "timesteps": 1000}, device).eval()
     notebook = Notebook(matched_base()).to(device).eval().requires_grad_(False)
     x, t = torch.randn(64, 3, args.size, args.size, device=device), torch.zeros(64, dtype=torch.long, device=device)
     precision, steps = scriptc.choose_precision("auto", device), scriptc.build_parser().get_default("sample_steps")
@@ -206,7 +219,7 @@ def bench_loop():
     """The real loop, by command, beside training_step on its own: they differ by clock, log and page."""
     with tempfile.TemporaryDirectory() as place:
         fill_folder(pathlib.Path(place, "faces"), 1000, args.size)
-        bare, ratios = our_step(place, 32, "auto"), []
+        bare, ratios = our_step(32, "auto"), []
         for attempt in range(3):
             flags = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--checkpoint", f"{place}/{attempt}.pth",
                      "--image-size", str(args.size), "--device", args.device, "--batch-size", "32", "--max-steps", "30",
@@ -236,8 +249,68 @@ def bench_start():
         f"{taken['start'] / (1.3 * taken['import'] + 1):.2f}")
 
 
+class Counter(TorchDispatchMode):
+    """Counts operations and bytes by section and kind; `section` is set from outside, except for the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.section, self.kinds = "forward", {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if torch._C._current_autograd_node() is not None:
+            self.section = "backward"
+        elif self.section == "backward":
+            self.section = "clip"
+        name = operation.overloadpacket.__name__
+        view = any(value.alias_info and not value.alias_info.is_write for value in operation._schema.returns)
+        if not view and "empty" not in name:
+            tensors = [x for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)]
+            counted = self.kinds.setdefault((self.section, name), [0, 0])
+            counted[0] += 1
+            counted[1] += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+def bench_launches():
+    """Operations and bytes of one training step with the settings for a GPU, by section and kind."""
+    run = our_run(8, "bf16", scriptc.default_channels(torch.device("cuda")))
+    run.micro_batch = 8
+    numbers = torch.arange(8)
+    scriptc.training_step(run, numbers, 0.5)  # makes the moments
+    counter = Counter()
+    for name, optimizer in run.optimizers.items():
+        optimizer.register_step_pre_hook(lambda *_, name=name: setattr(counter, "section", name))
+        optimizer.register_step_post_hook(lambda *_: setattr(counter, "section", "average and counts"))
+    with counter:
+        scriptc.training_step(run, numbers, 0.5)
+    row("launches, 8 images", "operations", "MB read and written", "most frequent")
+    row(*["---"] * 4)
+    for section in dict.fromkeys(section for section, _ in counter.kinds):
+        kinds = {name: counted for (where, name), counted in counter.kinds.items() if where == section}
+        often = sorted(kinds, key=lambda name: -kinds[name][0])[:5]
+        row(section, sum(count for count, _ in kinds.values()), f"{sum(size for _, size in kinds.values()) / 1e6:,.0f}",
+            ", ".join(f"{kinds[name][0]} {name}" for name in often))
+    row("all", sum(count for count, _ in counter.kinds.values()),
+        f"{sum(size for _, size in counter.kinds.values()) / 1e6:,.0f}", "")
+    if device.type == "cuda":
+        bench_gpu(our_step(64, "auto"))
+
+
+def bench_gpu(step):
+    """Time, launches and memory of a training step of 64 images on the GPU."""
+    taken = seconds({"step": step}, args.repeats)["step"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    launched = sum(event.count for event in profiler.key_averages())
+    work = 64 * flops(scriptc.SimpleUnet(channels, args.size).to(device), True)
+    row("step of 64 images on the GPU", f"{launched} kernels", f"{1e3 * taken:.1f} ms, {work / taken / 1e12:.1f} TFLOP/s",
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
 def machine():
-    """The processor or the card, with the instruction sets that matter for convolutions."""
+    """The processor or the GPU, with the instruction sets that matter for convolutions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = pathlib.Path("/proc/cpuinfo").read_text() if pathlib.Path("/proc/cpuinfo").exists() else ""
@@ -254,13 +327,17 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, nargs="+", help="of this project's network (the device's default)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parts = {"step": bench_step, "sampling": bench_sampling, "loop": bench_loop, "start": bench_start}
+    parts = {"step": bench_step, "sampling": bench_sampling, "loop": bench_loop, "start": bench_start,
+             "launches": bench_launches}
+    parser.add_argument("parts", nargs="*", metavar="PART", help="as --only")
     parser.add_argument("--only", nargs="+", default=[*parts], choices=[*parts])
     args = parser.parse_args()
+    if {*args.parts} - parts.keys():
+        parser.error(f"parts are {', '.join(parts)}")
     device = torch.device(args.device)
-    channels = args.channels or scriptc.default_channels(device, args.size)
+    channels = args.channels or scriptc.default_channels(device)
     print(f"{machine()}, {scriptc.choose_precision('auto', device)}, {args.size} px, channels {channels}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}\n")
-    for part in args.only:
+    for part in args.parts or args.only:
         parts[part]()
         print()
