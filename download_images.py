@@ -376,7 +376,7 @@ def get_image(session, folder, args):
 
 
 def download(folder, args, display):
-    """Send requests until the folder is full. Raises GiveUp, and OSError if it cannot be written."""
+    """Send requests, after an error one at a time, until the folder is full. Raises GiveUp, OSError."""
     pace = Pace(args.max_rate)
     executor = concurrent.futures.ThreadPoolExecutor(args.workers)
     in_flight = {}  # future: (time sent, session)

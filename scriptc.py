@@ -1432,18 +1432,16 @@ def warn_if_not_written(write, *arguments):
 
 
 def lock(path):
-    """An open file whose lock reserves `path` until it is closed or this process ends; None if it is
-    taken."""
+    """An open file whose lock reserves `path` until it is closed or this process ends; None if it is taken."""
     file = path.with_name(f".{path.name}.lock").open("a")
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return None
-    except OSError:  # a network drive that has no locks
-        pass
+    except OSError as error:  # BlockingIOError: taken; others on Linux and macOS: a network drive without locks
+        if sys.platform == "win32" or isinstance(error, BlockingIOError):
+            return None
     return file
 
 
@@ -1524,12 +1522,12 @@ def announce(run, saved):
         say(f"{label:12}{text}")
     run.about = list(about.items())
     if RANK == 0:
-        for left_over in (*args.results.glob(".*.tmp"), *args.checkpoint.parent.glob(".*.tmp")):
-            left_over.unlink(missing_ok=True)  # of a killed run
         lines = (f"{printable(name)}: {reason}\n" for name, reason in sorted(run.skipped.items()))
         listing.write_text("".join(lines), encoding="utf-8")
         with contextlib.suppress(OSError):  # it is there already, or was not fetched with the scripts
             shutil.copy(HERE / "results" / "index.html", args.results)
+        for left_over in args.checkpoint.parent.glob(f".{args.checkpoint.name}.*.tmp"):
+            left_over.unlink()  # of a run that was killed while it saved
 
 
 def draw_samples(args, saved, device):

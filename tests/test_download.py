@@ -1,7 +1,6 @@
 """What download_images.py promises, against the local site; most tests run its command, as a user does."""
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import os
@@ -23,21 +22,9 @@ from PIL import Image
 import download_images
 from download_images import Pace, RequestError
 from tests.fake_site import FAULTS, FakeSite
+from tests.stopping import STOPS, WINDOWS, needs_terminals, start_to_be_stopped, stop
 
 SCRIPT = Path(download_images.__file__)
-WINDOWS = os.name == "nt"
-ON_WINE = WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")
-STOPS = ["CTRL_C_EVENT", "CTRL_BREAK_EVENT"] if WINDOWS else ["SIGINT", "SIGTERM", "SIGHUP"]
-needs_terminals = pytest.mark.skipif(WINDOWS, reason="Windows has no pseudo-terminals that Python can open")
-# Windows sends Ctrl-C to all programs of a console at once: this one runs the downloader in a console of its own.
-CONSOLE = """
-import os, signal, subprocess, sys
-for number in (signal.SIGINT, signal.SIGBREAK):
-    signal.signal(number, signal.SIG_IGN)
-process = subprocess.Popen(sys.argv[1:])
-os.kill(0, int(sys.stdin.readline()))
-sys.exit(process.wait())
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -62,24 +49,6 @@ def run(url, out, *options, **constants):
 def start(url, out, *options):
     pipe = subprocess.PIPE
     return subprocess.Popen(command(url, out, *options), stdout=pipe, stderr=pipe, text=True)
-
-
-def start_to_be_stopped(url, out, *options):
-    """The running downloader, for `stop`."""
-    if not WINDOWS:
-        return start(url, out, *options)
-    wanted = [sys.executable, "-c", CONSOLE, *command(url, out, *options)]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(wanted, **pipes, text=True, creationflags=subprocess.CREATE_NO_WINDOW)
-
-
-def stop(process, what):
-    """Stop the downloader by the signal or event named `what`; returns what it wrote."""
-    number = getattr(signal, what)
-    if WINDOWS:
-        return process.communicate(input=f"{int(number)}\n", timeout=60)
-    process.send_signal(number)
-    return process.communicate(timeout=60)
 
 
 def main(*options):
@@ -619,12 +588,10 @@ def test_the_site_sees_no_more_than_max_rate(tmp_path):
 @pytest.mark.parametrize("what", STOPS)
 @pytest.mark.parametrize("fault", [None, "slow-headers", "429"])
 def test_a_signal_ends_it_with_130_and_a_clean_folder(tmp_path, what, fault):
-    if ON_WINE and what == "CTRL_BREAK_EVENT":
-        pytest.skip("Wine, unlike Windows, does not pass Ctrl-Break on to programs that handle it")
     with FakeSite(period=0, retry_after=600) as site:
         site.script.extend([None] * 5)
         site.fault_rate, site.faults = (1.0 if fault else 0.0), [fault]
-        process = start_to_be_stopped(site.url, tmp_path, "--count", 100000)
+        process = start_to_be_stopped(command(site.url, tmp_path, "--count", 100000))
         wait_for(lambda: len(site.times) > 5)
         out, err = stop(process, what)
     assert process.returncode == 130
@@ -691,7 +658,7 @@ def test_with_the_output_in_a_file_a_folder_is_filled_whatever_its_name(tmp_path
 
 def test_a_full_folder_has_its_summary_even_before_the_clock_ticks(tmp_path, monkeypatch, capsys):
     with FakeSite(period=0) as site:
-        run(site.url, tmp_path, "--count", 2)
+        assert run(site.url, tmp_path, "--count", 2).returncode == 0
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)  # on Windows it moves in steps of 16 ms
     assert main("--url", site.url, "--out", tmp_path, "--count", 2) == 0
     assert "0 new images" in capsys.readouterr().out

@@ -264,7 +264,7 @@ class Counter(TorchDispatchMode):
             self.section = "clip"
         name = operation.overloadpacket.__name__
         view = any(value.alias_info and not value.alias_info.is_write for value in operation._schema.returns)
-        if not view and "empty" not in name:
+        if not view and not name.startswith(("empty", "new_empty", "_unsafe_view", "_record_function")):
             tensors = [x for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)]
             counted = self.kinds.setdefault((self.section, name), [0, 0])
             counted[0] += 1
