@@ -1432,14 +1432,14 @@ def warn_if_not_written(write, *arguments):
 
 
 def lock(path):
-    """An open file whose lock reserves `path` until it is closed or this process ends; None if it is taken."""
+    """An open file whose lock reserves `path` until it is closed or the process ends; None if it is taken."""
     file = path.with_name(f".{path.name}.lock").open("a")
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # BlockingIOError: taken; others on Linux and macOS: a network drive without locks
+    except OSError as error:  # taken; or, on Linux and macOS, a network drive without locks
         if sys.platform == "win32" or isinstance(error, BlockingIOError):
             return None
     return file
