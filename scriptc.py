@@ -496,7 +496,7 @@ class Run:
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.eval().requires_grad_(False)
         if args.compile:
-            self.model.compile(dynamic=True)  # the batches of an epoch differ by one image
+            self.model.compile()  # twice, since the batches of an epoch differ by one image
         self.weights = list(self.model.parameters())
         self.averages = list(self.ema.parameters())
         self.optimizers = build_optimizers(self.model, args.lr)

@@ -2,9 +2,13 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 import pytest
+
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # programs that the tests start inherit it, ignored under nohup
 
 
 def held_open(path):
