@@ -574,8 +574,8 @@ class Run:
             drawing = (progress.seconds_of_drawing
                        or 64 * args.sample_steps * trained / 3 / progress.images_seen)
             reserve = 2 * (drawing + progress.seconds_of_saving)
-            budget = 60 * args.minutes - min(reserve, 30 * args.minutes) - progress.seconds_at_first_step
-            done = max(done, trained / max(budget, 0.1))
+            budget = max(60 * args.minutes - progress.seconds_at_first_step, 0.1)
+            done = max(done, trained / (budget - min(reserve, budget / 2)))
         return min(done, 1.0)
 
     def seconds_left(self):

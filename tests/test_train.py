@@ -198,7 +198,8 @@ def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
     done = run(folder, *SMALL, "--minutes", 3 if ON_WINE else 0.4)  # there the start takes up to a minute
     assert done.returncode == 0
     last = table(folder)[-1]
-    assert float(last["lr"]) < 0.04 * 8e-3  # along a straight line, so at most 4% of the time was left unused
+    # It falls along a straight line, so at most 4% of the time was left unused, and what two steps take.
+    assert float(last["lr"]) < (0.04 + 2 / int(last["step"])) * 8e-3 and int(last["step"]) > 2
     assert (folder / "results" / f"epoch_{last['epoch']}_step_{last['step']}.png").exists()
     assert checkpoint(folder)["step"] == int(last["step"]) and (folder / "results" / "loss.png").exists()
 
