@@ -1382,8 +1382,8 @@ def rank_0_first():
 
 
 def printable(text):
-    """`text` in one line of at most 400 characters, with escapes in place of control characters."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))[:400]
+    """`text` in one line of at most 1,000 characters, with escapes in place of control characters."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))[:1000]
 
 
 def first_line(error):

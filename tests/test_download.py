@@ -22,7 +22,7 @@ from PIL import Image
 import download_images
 from download_images import Pace, RequestError
 from tests.fake_site import FAULTS, FakeSite
-from tests.stopping import STOPS, WINDOWS, needs_terminals, start_to_be_stopped, stop
+from tests.systems import STOPS, WINDOWS, made, needs_terminals, start_to_be_stopped, stop
 
 SCRIPT = Path(download_images.__file__)
 
@@ -62,15 +62,6 @@ def wait_for(condition):
             return
         time.sleep(0.01)
     pytest.fail("it never happened")
-
-
-def made(folder):
-    """The new folder; the test is skipped where its name cannot be stored."""
-    try:
-        folder.mkdir()
-    except FileNotFoundError:
-        pytest.skip("Wine without a UTF-8 locale, unlike Windows, stores only ASCII names")
-    return folder
 
 
 def names(folder):

@@ -24,7 +24,7 @@ from PIL import Image
 
 import scriptc
 from fake_face.draw_faces import draw_face, fill_folder
-from tests.stopping import ON_WINE, STOPS, WINDOWS, needs_terminals, start_to_be_stopped, stop
+from tests.systems import ON_WINE, STOPS, WINDOWS, made, needs_terminals, start_to_be_stopped, stop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -207,7 +207,8 @@ def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
 def test_the_demo_needs_no_images_and_keeps_everything_in_results_demo(tmp_path):
     flags = ["--demo", "--image-size", "16", "--channels", "8", "--max-steps", "2", "--results", str(tmp_path)]
     faces = set((ROOT / "fake_face").rglob("*"))
-    done = subprocess.run([sys.executable, str(ROOT / "scriptc.py"), *flags], capture_output=True, text=True)
+    fewer_faces = "import sys, scriptc; scriptc.DEMO_IMAGES = 50; sys.exit(scriptc.main())"
+    done = subprocess.run([sys.executable, "-c", fewer_faces, *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert (tmp_path / "demo" / "model_checkpoint.pth").exists() and list((tmp_path / "demo").glob("epoch_1_step_2.png"))
     assert {path.name for path in tmp_path.iterdir()} == {"demo"}
@@ -471,7 +472,7 @@ def test_duplicates_among_the_images_do_not_spoil_the_usual_distance(tmp_path):
 
 
 def test_output_that_cannot_encode_a_path_does_not_end_the_run(folder):
-    results = folder / "Bilder f\u00fcr sp\u00e4ter \u4eba"
+    results = made(folder / "Bilder f\u00fcr sp\u00e4ter \u4eba")
     done = subprocess.run(command(folder, *SMALL, "--max-steps", 1, "--results", results), capture_output=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert done.returncode == 0 and b"Traceback" not in done.stderr and rb"f\xfcr sp\xe4ter" in done.stdout

@@ -1,4 +1,4 @@
-"""Programs that tests stop as a user does: by a signal, or on Windows by Ctrl-C or Ctrl-Break."""
+"""What differs between systems: stopping a program as a user does, and what cannot be tested on Windows or on Wine."""
 
 import ctypes
 import os
@@ -42,3 +42,12 @@ def stop(process, what):
         return process.communicate(input=f"{int(number)}\n", timeout=120)
     process.send_signal(number)
     return process.communicate(timeout=120)
+
+
+def made(folder):
+    """The new folder; the test is skipped where its name cannot be stored."""
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        pytest.skip("Wine without a UTF-8 locale, unlike Windows, stores only ASCII names")
+    return folder
