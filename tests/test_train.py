@@ -207,7 +207,7 @@ def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
 def test_the_demo_needs_no_images_and_keeps_everything_in_results_demo(tmp_path):
     flags = ["--demo", "--image-size", "16", "--channels", "8", "--max-steps", "2", "--results", str(tmp_path)]
     faces = set((ROOT / "fake_face").rglob("*"))
-    fewer_faces = "import sys, scriptc; scriptc.DEMO_IMAGES = 50; sys.exit(scriptc.main())"
+    fewer_faces = "import sys, scriptc; scriptc.DEMO_IMAGES = 200; sys.exit(scriptc.main())"
     done = subprocess.run([sys.executable, "-c", fewer_faces, *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert (tmp_path / "demo" / "model_checkpoint.pth").exists() and list((tmp_path / "demo").glob("epoch_1_step_2.png"))
