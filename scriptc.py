@@ -95,7 +95,8 @@ def build_parser(**options):
     add = parser.add_argument_group("data").add_argument
     add("--dataroot", metavar="DIR", help="train on all images below (default: fake_face beside the script)")
     add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
-    add("--checkpoint", metavar="FILE", help="made or resumed (default: model_checkpoint.pth by the script)")
+    add("--checkpoint", metavar="FILE",
+        help="to make or resume (default: model_checkpoint.pth beside the script)")
     add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself, into results/demo")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
@@ -239,7 +240,6 @@ class SimpleUnet(nn.Module):
         self.timesteps = timesteps
         self.fold = fold_of(image_size)
         c_time = 256
-        c_pixel = HEAD_CHANNELS
         self.time_mlp = nn.Sequential(SinusoidalPositionEmbeddings(64), nn.Linear(64, c_time), nn.SiLU(),
                                       nn.Linear(c_time, c_time), nn.SiLU())
         self.first = nn.Conv2d(3 * self.fold**2, channels[0], 3, padding=1)
@@ -250,9 +250,9 @@ class SimpleUnet(nn.Module):
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.upsample = nn.ModuleList(nn.Conv2d(deeper, c, 1) for c, deeper in pairs)
         self.unfold = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
-                                    nn.Conv2d(channels[0], c_pixel * self.fold**2, 3, padding=1))
-        self.last = nn.Sequential(nn.Conv2d(c_pixel + 3, c_pixel, 3, padding=1), nn.SiLU(),
-                                  nn.Conv2d(c_pixel, 3, 3, padding=1))
+                                    nn.Conv2d(channels[0], HEAD_CHANNELS * self.fold**2, 3, padding=1))
+        self.last = nn.Sequential(nn.Conv2d(HEAD_CHANNELS + 3, HEAD_CHANNELS, 3, padding=1), nn.SiLU(),
+                                  nn.Conv2d(HEAD_CHANNELS, 3, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
         alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
@@ -322,7 +322,7 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
     x_0_before with r = h_before / h (Lu et al. 2022, algorithm 2). eta = 1 with order 1 over all timesteps is
     the ancestral sampling of Ho et al. 2020.
 
-    `steps` is the number of network evaluations. Image i of a `seed`, counted from `first`, does not depend
+    `steps` is the most network evaluations. Image i of a `seed`, counted from `first`, does not depend
     on `count`. Sampling starts from `noise` (count, 3, S, S) if it is given. `on_step(x_t, x_0)`, if given,
     is called before each step; return True to stop early.
     """
@@ -368,8 +368,8 @@ def generator(*key, device="cpu"):
 
 def autocast(device, precision):
     """The context in which the network computes in `precision` ("fp32", "bf16" or "fp16") on `device`."""
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, types.get(precision), enabled=precision in types)
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, formats.get(precision), enabled=precision in formats)
 
 
 def memory_format(device):
@@ -496,7 +496,7 @@ class Run:
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.eval().requires_grad_(False)
         if args.compile:
-            self.model.compile()  # twice, since the batches of an epoch differ by one image
+            self.model.compile()  # for each size of batch: those of an epoch differ by one image
         self.weights = list(self.model.parameters())
         self.averages = list(self.ema.parameters())
         self.optimizers = build_optimizers(self.model, args.lr)
@@ -659,7 +659,8 @@ def training_step(run, numbers, done):
         optimizer.found_inf = (~finite).float()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.args.lr, done)
-        optimizer.step()
+        if run.device.type != "mps" or finite:  # there, torch's Adam does not look at found_inf
+            optimizer.step()
     run.scaler.update()
     run.progress.step += 1
     run.progress.images_seen += len(numbers)
@@ -800,7 +801,7 @@ def read_image(path, size):
 
 
 def decode(path, size):
-    """(pixels, reason to skip the file or "", whether that lies in its bytes and so stays) of any file."""
+    """(pixels, "" or the reason to skip the file, whether that is final: a busy disk is not) of any file."""
     reason = "not a file"
     stays = False
     try:
@@ -864,19 +865,30 @@ def fill_cache(path, kind, root, files):
     return passing
 
 
+def can_be_written(folder):
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
 def load_images(args, device):
     """(names, Faces, {name: reason} of skipped images) of all images below args.dataroot, decoded once and
     then kept in a cache of one file. It is in the data folder, or in the results where that cannot be
     written. UserError where there are fewer than two images."""
     root = args.dataroot
     files = list_files(root, {os.path.realpath(args.results), os.path.realpath(args.checkpoint.parent)})
-    path = pathlib.Path(root if os.access(root, os.W_OK) else args.results,
+    path = pathlib.Path(root if can_be_written(root) else args.results,
                         f".faces_{args.image_size}px.cache")
     shape = (args.image_size, args.image_size, 3)
     kind = np.dtype([("file", "S64"), ("reason", "S200"), ("pixels", np.uint8, shape)])  # a cache record
-    while not (reserved := lock(path)):
+    reserved = lock(path)
+    if not reserved:
         say(f"another start is reading images into {path}: waiting")
-        time.sleep(3)
+    while not reserved:
+        time.sleep(0.5)
+        reserved = lock(path)
     with reserved:
         records, numbers = open_cache(path, kind)
         if path.is_symlink() or len(records) > 2 * len(numbers.keys() & files.keys()):  # most files gone
@@ -1051,7 +1063,7 @@ def draw_morph(model, path, seed, frames=8, **settings):
         between_them += [(torch.sin((1 - part) * angle) * start + torch.sin(part * angle) * end)
                          / torch.sin(angle) for part in np.arange(frames) / frames]
     images = draw(model, len(between_them), torch.stack(between_them), **settings)
-    save_animation([to_image(image) for image in images], path, last=150)
+    save_animation([to_image(image) for image in images], path)
 
 
 class RealFaces:
@@ -1217,7 +1229,7 @@ def save(run, last=False, finished=False):
             run.save_due = begun + 60 * run.args.save_minutes
             return
         except (OSError, RuntimeError) as error:
-            before = "the one before stays" if path.exists() else "there is none yet"
+            before = "the one before stays" if existing(path) else "there is none yet"
             problem = f"{path} could not be saved ({first_line(error)}), {before}"
             say(f"warning: {problem}. Is the disk full?")
             run.save_due = begun + min(60 * run.args.save_minutes, RETRY_SECONDS)
@@ -1269,6 +1281,7 @@ def read_checkpoint(path, rename=False):
                 raise ValueError("it is not from this version of the program")
             check_values(saved)
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
+            rename = rename and not isinstance(error, (OSError, MemoryError))  # which may pass
             problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
                                   f"({first_line(error)})")
             continue
@@ -1296,15 +1309,19 @@ def build_network(config, device="cpu"):
     return model.to(device, memory_format=memory_format(torch.device(device)))
 
 
-def load_model(path, device="cpu"):
-    """The averaged (EMA) SimpleUnet of the checkpoint at `path`, ready to evaluate; UserError where there is
-    none."""
-    saved = read_checkpoint(pathlib.Path(path))
-    if not saved:
-        raise UserError(f"there is no checkpoint {path}: train first")
+def averaged_network(saved, device):
+    """The averaged (EMA) SimpleUnet of the checkpoint `saved`, ready to evaluate."""
     model = build_network(saved["config"], device)
     model.load_state_dict(saved["ema"])
     return model.eval().requires_grad_(False)
+
+
+def load_model(path, device="cpu"):
+    """The averaged (EMA) SimpleUnet of the checkpoint at `path`, to evaluate; UserError if there is none."""
+    saved = read_checkpoint(pathlib.Path(path))
+    if not saved:
+        raise UserError(f"there is no checkpoint {path}: train first")
+    return averaged_network(saved, device)
 
 
 # ---------------------------------------------------------------------------------------------- plumbing ----
@@ -1346,6 +1363,8 @@ def choose_device(name):
 
 def choose_precision(name, device):
     """The number format for --precision: of those that train well, the one in which the device is fastest."""
+    if name == "fp16" and device.type == "mps":
+        raise UserError("PyTorch cannot scale losses for fp16 on an Apple GPU: leave out --precision")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -1358,7 +1377,8 @@ def join_processes():
     """Form one group of the processes that torchrun has started."""
     store, *_ = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # else restarts find addresses of dead processes
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=RANK,
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", rank=RANK,
                             world_size=PROCESSES, store=dist.PrefixStore(f"attempt {attempt}", store),
                             timeout=datetime.timedelta(days=1))  # while rank 0 reads and draws
 
@@ -1496,7 +1516,7 @@ def read_settings(argv, saved=None):
 
 
 def announce(run, saved):
-    """Say what is about to happen; write the list of skipped images and the page."""
+    """Say what is about to happen; list skipped images, copy index.html, remove unfinished files."""
     args = run.args
     listing = args.results / "skipped_images.txt"
     ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}"
@@ -1531,12 +1551,12 @@ def announce(run, saved):
 
 
 def draw_samples(args, saved, device):
-    """--sample: images in results/samples, the first 64 as a grid, the first 16 beside their closest training
+    """--sample: images in results/samples, the first 64 as a grid, the first 16 beside their closest real
     image, and the first eight turning into one another."""
     if not saved:
         other = "" if args.demo else ", or name another with --checkpoint"
         raise UserError(f"there is no checkpoint {args.checkpoint}: train first{other}")
-    model = load_model(args.checkpoint, device)
+    model = averaged_network(saved, device)
     folder = args.results / "samples"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample_*.png"):
@@ -1559,10 +1579,11 @@ def draw_samples(args, saved, device):
     try:
         names, faces, _ = load_images(args, torch.device("cpu"))
         ratio = save_nearest(torch.stack(pictures[:16]), faces, args.results / "nearest.png").nanmedian()
-        say(f"nearest.png: the distance to the closest training image is {ratio:.2f} times (median) the one "
-            "between a training image and its closest other one; far below 1, the network repeats its images")
-        distance = RealFaces(faces, split(names, saved["compared"])[0]).sample_distance(torch.stack(pictures))
-        say(f"sample distance {distance:.2f}, where real faces have 1")
+        say(f"nearest.png: the distance to the closest real image is {ratio:.2f} times (median) the one between "
+            "a real image and its closest other one; far below 1, the network repeats its images")
+        if args.sample >= 64:  # fewer images are farther away, however good they are
+            real = RealFaces(faces, split(names, saved["compared"])[0])
+            say(f"sample distance {real.sample_distance(torch.stack(pictures)):.2f}, where real faces have 1")
     except UserError as error:
         say(f"no nearest.png: {error}")
     write_page(args.results)
@@ -1598,13 +1619,14 @@ def run_command(argv):
         run.restore(saved)
     run.open_images()
     same_limits = saved and all(vars(args)[name] == saved["config"][name] for name in LIMITS)
-    if saved and saved["finished"] and (same_limits or run.done() >= 1):
+    if saved and saved["finished"] and (same_limits or broadcast(run.done())[0] >= 1):
         say(f"{saved['file']} is finished: {saved['epoch']} epochs, {saved['step']} steps. A larger "
             f"--epochs, --minutes or --max-steps resumes it, --sample 64 draws faces; or {args.start_over}.")
         return 0
     announce(run, saved)
     stopped = train(run, stop_on_signal())
-    warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
+    if RANK == 0:
+        warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
     say(f"Stopped after {run.progress.step} steps, checkpoint saved: the same command resumes the run."
         if stopped else f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; "
         "--sample 64 draws more faces.")
