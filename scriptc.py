@@ -102,7 +102,7 @@ def build_parser(**options):
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
         help="side of the images in pixels, a multiple of 16 (default: 64, with --demo 32)")
     add("--channels", metavar="C", type=between(int, 8, 4096, 8), nargs="+",
-        help="width of the U-Net at each resolution, from the highest down (default: by device)")
+        help="width at each resolution, from the full one down (default: by device and size)")
     add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000,
         help="diffusion steps (default: 1000)")
     add = parser.add_argument_group("training").add_argument
@@ -147,7 +147,6 @@ def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
     return (a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise).to(x_0.dtype), noise
 
 
-HEAD_CHANNELS = 16  # of the output layer at full resolution
 DENSITY_MEAN = 1.0  # of lambda at 32 px
 DENSITY_DEVIATION = 2.5
 
@@ -184,16 +183,11 @@ class SinusoidalPositionEmbeddings(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
-def fold_of(image_size):
-    """Side, in pixels, of the cells on which the U-Net works: the largest of 1, 2, 4, 8 that leaves at least
-    32 x 32 cells, as many as can be halved three times."""
-    return max(fold for fold in (1, 2, 4, 8)
-               if fold == 1 or image_size >= 32 * fold and image_size % (8 * fold) == 0)
-
-
-def default_channels(device):
-    """Default width of the U-Net at each resolution: on a CPU small enough to draw faces within minutes."""
-    return [64, 128, 256, 512] if device.type == "cuda" else [32, 64, 64, 192]
+def default_channels(device, image_size):
+    """Default width of the network at each resolution: on a CPU small enough to draw faces within minutes."""
+    if device.type == "cuda":
+        return [64, 128, 256, 512]
+    return [16, 64, 64, 192] if image_size <= 32 else [16, 32, 64, 128, 192]
 
 
 class Block(nn.Module):
@@ -218,41 +212,32 @@ class Block(nn.Module):
 
 
 class SimpleUnet(nn.Module):
-    """Predicts the noise in x_t. A contracting path halves the resolution and deepens the features at each of
-    `channels`; then a bottleneck; then an expanding path doubles the resolution again. At each resolution the
+    """Predicts the noise in x_t. A contracting path halves the image and deepens the features at each of
+    `channels`; then a bottleneck; then an expanding path doubles the image again. At each resolution the
     expanding path also gets the features of the contracting path (skip connections, Ronneberger et al. 2015).
     Every block gets t, embedded.
 
-    The U-Net works on cells of fold x fold pixels, which become channels (`pixel_unshuffle`), and the output
-    layer, the only one at full resolution, gets x_t again. An image's structure needs many channels, its fine
-    detail few; and convolutions of few channels at full resolution take most of the time, since they are
-    bound by memory.
-
     The layers compute v, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) v with a_t =
     alphas_cumprod[t]. Near pure noise x_t itself is the best prediction, and so no layer has to copy it
-    (Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px) / fold_of(image_size) must be divisible by 2 **
-    (len(channels) - 1).
+    (Salimans & Ho 2022, arXiv:2202.00512). `image_size` (px) must be divisible by 2 ** (len(channels) - 1).
     """
 
-    def __init__(self, channels=(32, 64, 64, 192), image_size=64, timesteps=1000):
+    def __init__(self, channels=(16, 32, 64, 128, 192), image_size=64, timesteps=1000):
         super().__init__()
         self.image_size = image_size
         self.timesteps = timesteps
-        self.fold = fold_of(image_size)
         c_time = 256
         self.time_mlp = nn.Sequential(SinusoidalPositionEmbeddings(64), nn.Linear(64, c_time), nn.SiLU(),
                                       nn.Linear(c_time, c_time), nn.SiLU())
-        self.first = nn.Conv2d(3 * self.fold**2, channels[0], 3, padding=1)
+        self.first = nn.Conv2d(3, channels[0], 3, padding=1)
         pairs = list(zip(channels, channels[1:]))
         self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
         self.downsample = nn.ModuleList(nn.Conv2d(c, deeper, 3, stride=2, padding=1) for c, deeper in pairs)
         self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.upsample = nn.ModuleList(nn.Conv2d(deeper, c, 1) for c, deeper in pairs)
-        self.unfold = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
-                                    nn.Conv2d(channels[0], HEAD_CHANNELS * self.fold**2, 3, padding=1))
-        self.last = nn.Sequential(nn.Conv2d(HEAD_CHANNELS + 3, HEAD_CHANNELS, 3, padding=1), nn.SiLU(),
-                                  nn.Conv2d(HEAD_CHANNELS, 3, 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
+                                  nn.Conv2d(channels[0], 3, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
         alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
@@ -260,10 +245,9 @@ class SimpleUnet(nn.Module):
     def forward(self, x_t, t):
         """x_t (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S,
         S)."""
-        layout = memory_format(x_t.device)
         time_embedding = self.time_mlp(t)
         skips = []
-        x = self.first(F.pixel_unshuffle(x_t, self.fold).contiguous(memory_format=layout))
+        x = self.first(x_t)
         for level, block in enumerate(self.down):
             x = block(x, time_embedding)
             skips.append(x)
@@ -275,10 +259,8 @@ class SimpleUnet(nn.Module):
             x = self.up[level](torch.cat((x, skips[level]), dim=1), time_embedding)
             if level > 0:
                 x = double(self.upsample[level - 1](x))
-        x = F.pixel_shuffle(self.unfold(x), self.fold)
-        v = self.last(torch.cat((x, x_t), dim=1).contiguous(memory_format=layout))
         a_t = self.alphas_cumprod[t][:, None, None, None]
-        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * v
+        return (1 - a_t).sqrt() * x_t + a_t.sqrt() * self.last(x)
 
 
 def double(x):
@@ -1508,10 +1490,9 @@ def read_settings(argv, saved=None):
             raise UserError(f"{saved['file']} holds another network ({flag_of(name)} {saved['config'][name]} "
                             f"there, {vars(args)[name]} here): leave out {flag_of(name)} to resume it, "
                             f"{args.start_over}, or move away {existing(args.checkpoint)}")
-    cells = args.image_size // fold_of(args.image_size)
-    if args.channels and cells % 2 ** (len(args.channels) - 1):
-        raise UserError(f"the {cells} cells of --image-size {args.image_size} cannot be halved "
-                        f"{len(args.channels) - 1} times, as --channels requires: give fewer or another size")
+    if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
+        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as "
+                        "--channels requires: give fewer channels or another size")
     return args
 
 
@@ -1579,8 +1560,8 @@ def draw_samples(args, saved, device):
     try:
         names, faces, _ = load_images(args, torch.device("cpu"))
         ratio = save_nearest(torch.stack(pictures[:16]), faces, args.results / "nearest.png").nanmedian()
-        say(f"nearest.png: the distance to the closest real image is {ratio:.2f} times (median) the one between "
-            "a real image and its closest other one; far below 1, the network repeats its images")
+        say(f"nearest.png: the distance to the closest real image is {ratio:.2f} times (median) the one "
+            "between a real image and its closest other one; far below 1, the network repeats its images")
         if args.sample >= 64:  # fewer images are farther away, however good they are
             real = RealFaces(faces, split(names, saved["compared"])[0])
             say(f"sample distance {real.sample_distance(torch.stack(pictures)):.2f}, where real faces have 1")
@@ -1604,7 +1585,7 @@ def run_command(argv):
         saved = read_checkpoint(args.checkpoint, rename=not args.sample)
     args = read_settings(argv, saved)
     device = choose_device(args.device)
-    args.channels = args.channels or default_channels(device)
+    args.channels = args.channels or default_channels(device, args.image_size)
     if args.sample:
         if RANK == 0:
             draw_samples(args, saved, device)

@@ -146,8 +146,7 @@ def fastest_convolution(precision):
     """The fastest 3 x 3 convolution, on its own, in `precision`: a function that computes it, and its FLOPs."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     works, count = {}, {}
-    cells = args.size // scriptc.fold_of(args.size)
-    for width, side in {(128, 32), *((width, cells >> level) for level, width in enumerate(channels))}:
+    for width, side in {(128, 32), *((width, args.size >> level) for level, width in enumerate(channels))}:
         for batch in (32, 128):
             x = torch.randn(batch, width, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
             weight = torch.randn(width, width, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -274,7 +273,7 @@ class Counter(TorchDispatchMode):
 
 def bench_launches():
     """Operations and bytes of one training step with the settings for a GPU, by section and kind."""
-    run = our_run(8, "bf16", scriptc.default_channels(torch.device("cuda")))
+    run = our_run(8, "bf16", scriptc.default_channels(torch.device("cuda"), args.size))
     run.micro_batch = 8
     numbers = torch.arange(8)
     scriptc.training_step(run, numbers, 0.5)  # makes the moments
@@ -335,7 +334,7 @@ if __name__ == "__main__":
     if {*args.parts} - parts.keys():
         parser.error(f"parts are {', '.join(parts)}")
     device = torch.device(args.device)
-    channels = args.channels or scriptc.default_channels(device)
+    channels = args.channels or scriptc.default_channels(device, args.size)
     print(f"{machine()}, {scriptc.choose_precision('auto', device)}, {args.size} px, channels {channels}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}\n")
     for part in args.parts or args.only:
