@@ -726,8 +726,8 @@ def test_two_processes_learn_what_one_does(folder):
         assert done.returncode == 0, done.stderr
     assert [row["images_seen"] for row in table(alone)] == [row["images_seen"] for row in table(both)]
     for one, other in zip(table(alone), table(both)):
-        assert float(one["train_loss"]) == pytest.approx(float(other["train_loss"]), abs=1e-4)
-        assert float(one["heldout_loss"]) == pytest.approx(float(other["heldout_loss"]), abs=1e-4)
+        assert float(one["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=1e-3)
+        assert float(one["heldout_loss"]) == pytest.approx(float(other["heldout_loss"]), rel=1e-3)
 
     flags = ["--sample", "70", "--sample-steps", "2", "--results", both / "results", "--checkpoint", both / "checkpoint.pth"]
     done = subprocess.run(TWO_PROCESSES + command(folder, *flags)[1:], capture_output=True, text=True)
