@@ -84,8 +84,8 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pth", weights_only=True)
+def checkpoint(folder, name="checkpoint.pth"):
+    return torch.load(folder / name, weights_only=True)
 
 
 def same(one, other):
@@ -448,11 +448,7 @@ def test_a_new_run_in_the_results_of_an_old_one_does_not_show_the_old_grids(fold
         shutil.copy(folder / "results" / path, folder / "results" / "epoch_1_step_2.png")
     assert here(folder, *flags) == 0
     told = json.loads((folder / "results" / "run.js").read_text().removeprefix("show(").removesuffix(");\n"))
-    assert [name for *_, name in told["grids"]] == [f"epoch_1_step_{checkpoint_at(folder / 'new.pth')['step']}.png"]
-
-
-def checkpoint_at(path):
-    return torch.load(path, weights_only=True)
+    assert [name for *_, name in told["grids"]] == [f"epoch_1_step_{checkpoint(folder, 'new.pth')['step']}.png"]
 
 
 def test_duplicates_among_the_images_do_not_spoil_the_usual_distance(tmp_path):
