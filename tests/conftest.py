@@ -6,6 +6,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # programs that the tests start inherit it, ignored under nohup
@@ -27,6 +28,11 @@ def held_open(path):
     with open("/proc/self/maps") as maps:  # address, rights, offset, device, inode, path
         return any(line.split(maxsplit=5)[4:5] == [str(wanted.st_ino)] and line.rstrip().endswith(os.path.basename(path))
                    for line in maps)
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_are_the_same_in_every_run():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
