@@ -190,13 +190,25 @@ def default_channels(device, image_size):
     return [16, 64, 64, 192] if image_size <= 32 else [16, 32, 64, 128, 192]
 
 
+class Norm(nn.GroupNorm):
+    """Group normalisation in eight groups (Wu & He 2018, arXiv:1803.08494), in the number format of x: only
+    the mean and variance are float32. Autocast would turn all of x to float32, and SiLU with it."""
+
+    def __init__(self, channels):
+        super().__init__(8, channels)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, 8, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class Block(nn.Module):
     """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each
     channel. x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, c_time):
         super().__init__()
-        self.norm = nn.GroupNorm(8, c_in)
+        self.norm = Norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_projection = nn.Linear(c_time, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -236,7 +248,7 @@ class SimpleUnet(nn.Module):
         self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.upsample = nn.ModuleList(nn.Conv2d(deeper, c, 1) for c, deeper in pairs)
-        self.last = nn.Sequential(nn.GroupNorm(8, channels[0]), nn.SiLU(),
+        self.last = nn.Sequential(Norm(channels[0]), nn.SiLU(),
                                   nn.Conv2d(channels[0], 3, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
         alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()

@@ -10,8 +10,9 @@ the optimizer do not count. The fastest convolution is the best rate that a forw
 network's own shapes, or of 128 channels at 32 px, reaches in the same precision on the same machine.
 
 `launches` counts the operations of a training step and the bytes that they read and write, without views and empty
-tensors, on CPU tensors with the settings for a GPU (bf16 autocast, wide channels). It stands in for a profiler: most
-operations are one kernel on a GPU, those for lists of tensors (foreach, fused) a few.
+tensors, on CPU tensors with the settings for a GPU (bf16 autocast, wide channels), and those of the forward pass also under
+CUDA's own autocast rules, on tensors without values. It stands in for a profiler: most operations are one kernel on a GPU,
+those for lists of tensors (foreach, fused) a few.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -263,12 +265,31 @@ class Counter(TorchDispatchMode):
             self.section = "clip"
         name = operation.overloadpacket.__name__
         view = any(value.alias_info and not value.alias_info.is_write for value in operation._schema.returns)
-        if not view and not name.startswith(("empty", "new_empty", "_unsafe_view", "_record_function")):
+        if not view and not name.startswith(("empty", "new_empty", "_unsafe_view", "_record_function", "device")):
             tensors = [x for x in tree_leaves((arguments, options, result)) if isinstance(x, torch.Tensor)]
             counted = self.kinds.setdefault((self.section, name), [0, 0])
             counted[0] += 1
             counted[1] += sum(x.numel() * x.element_size() for x in tensors)
         return result
+
+
+def count_forward_on_gpu(counter, widths):
+    """Counts the forward pass of 64 images under CUDA's autocast rules, which differ from the CPU's. The tensors have
+    shapes, but no values; there need not be a GPU, so only the rules of torch.autocast can be switched on by hand."""
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode(), gpu:
+        model = scriptc.SimpleUnet(widths, args.size)
+        for weight in model.parameters():
+            weight.data = weight.data.contiguous(memory_format=scriptc.memory_format(gpu) if weight.ndim == 4
+                                                 else torch.contiguous_format)
+        x_t = torch.empty(64, 3, args.size, args.size).contiguous(memory_format=scriptc.memory_format(gpu))
+        t = torch.zeros(64, dtype=torch.long)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        counter.section = "forward, 64 images, CUDA's autocast"
+        with counter:
+            F.l1_loss(model(x_t, t).float(), x_t, reduction="sum")
+        torch.set_autocast_enabled("cuda", False)
 
 
 def bench_launches():
@@ -283,6 +304,7 @@ def bench_launches():
         optimizer.register_step_post_hook(lambda *_: setattr(counter, "section", "average and counts"))
     with counter:
         scriptc.training_step(run, numbers, 0.5)
+    count_forward_on_gpu(counter, scriptc.default_channels(torch.device("cuda"), args.size))
     row("launches, 8 images", "operations", "MB read and written", "most frequent")
     row(*["---"] * 4)
     for section in dict.fromkeys(section for section, _ in counter.kinds):
@@ -290,8 +312,8 @@ def bench_launches():
         often = sorted(kinds, key=lambda name: -kinds[name][0])[:5]
         row(section, sum(count for count, _ in kinds.values()), f"{sum(size for _, size in kinds.values()) / 1e6:,.0f}",
             ", ".join(f"{kinds[name][0]} {name}" for name in often))
-    row("all", sum(count for count, _ in counter.kinds.values()),
-        f"{sum(size for _, size in counter.kinds.values()) / 1e6:,.0f}", "")
+    step = [counted for (section, _), counted in counter.kinds.items() if "CUDA" not in section]
+    row("all of 8 images", sum(count for count, _ in step), f"{sum(size for _, size in step) / 1e6:,.0f}", "")
     if device.type == "cuda":
         bench_gpu(our_step(64, "auto"))
 
