@@ -633,6 +633,18 @@ def sum_over_processes(weights, loss):
     return loss.squeeze()
 
 
+def keep_weights_equal(run):
+    """All processes apply equal updates to equal weights. Where the weights differ nevertheless, as they may
+    on GPUs of different kinds, all processes take those of rank 0."""
+    checksum = torch.stack([weight.double().sum() for weight in run.weights]).sum().item()
+    differs = torch.tensor(float(checksum != broadcast(checksum)[0]))
+    dist.all_reduce(differs)
+    if differs > 0:
+        say("warning: the weights of the processes differ: all take those of process 0")
+        for weight in (*run.weights, *run.averages):
+            dist.broadcast(weight.data, 0)
+
+
 def training_step(run, numbers, done):
     """One optimizer step on images `numbers` (B,) of run.faces when the part `done` (0 to 1) of the run is
     done. If the loss or the gradient is not finite, no weight changes, without a wait for the device. If
@@ -795,19 +807,15 @@ def read_image(path, size):
 
 
 def decode(path, size):
-    """(pixels, "" or the reason to skip the file, whether that is final: a busy disk is not) of any file."""
-    reason = "not a file"
-    stays = False
+    """What read_image() returns, or a text, the reason, for a file that it cannot read."""
     try:
         if os.path.isfile(path):
-            return read_image(path, size), "", True
+            return read_image(path, size)
     except UnidentifiedImageError:
-        reason = "not an image that this program can read"
-        stays = True
+        return "not an image that this program can read"
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
-        reason = printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        stays = not (getattr(error, "errno", None) or isinstance(error, MemoryError))  # such as a busy disk
-    return 0, reason, stays
+        return printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    return "not a file"
 
 
 def list_files(root, leave_out=()):
@@ -837,9 +845,9 @@ def open_cache(path, kind):
 
 
 def fill_cache(path, kind, root, files):
-    """Append the records of `files`, {key: name}, to the cache. Returns {key: reason} of those that could not
-    be read for a reason that may pass. The next start resumes where this one is interrupted."""
-    passing = {}
+    """Append the records of `files`, {key: name}, to the cache. Returns {key: reason} of those that cannot be
+    read; every start tries them again. The next start resumes where this one is interrupted."""
+    reasons = {}
     size = kind["pixels"].shape[0]
     bar = Bar(f"reading images at {size} px", len(files))
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -848,15 +856,14 @@ def fill_cache(path, kind, root, files):
         out.seek(out.seek(0, os.SEEK_END) // kind.itemsize * kind.itemsize)  # over a record that was cut off
         for some in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill memory
             paths = [os.path.join(root, files[key]) for key in some.tolist()]
-            for key, (pixels, reason, stays) in zip(some.tolist(),
-                                                    pool.map(decode, paths, [size] * len(paths))):
-                if stays:
-                    out.write(np.array((key, reason.encode(), pixels), kind).tobytes())
+            for key, pixels in zip(some.tolist(), pool.map(decode, paths, [size] * len(paths))):
+                if isinstance(pixels, str):
+                    reasons[key] = pixels
                 else:
-                    passing[key] = reason
+                    out.write(key + pixels.tobytes())
                 bar.update(1)
     bar.close()
-    return passing
+    return reasons
 
 
 def can_be_written(folder):
@@ -876,7 +883,7 @@ def load_images(args, device):
     path = pathlib.Path(root if can_be_written(root) else args.results,
                         f".faces_{args.image_size}px.cache")
     shape = (args.image_size, args.image_size, 3)
-    kind = np.dtype([("file", "S64"), ("reason", "S200"), ("pixels", np.uint8, shape)])  # a cache record
+    kind = np.dtype([("file", "S64"), ("pixels", np.uint8, shape)])  # a record of the cache
     reserved = lock(path)
     if not reserved:
         say(f"another start is reading images into {path}: waiting")
@@ -891,13 +898,11 @@ def load_images(args, device):
             with contextlib.suppress(OSError):  # on Windows it stays while another run uses it
                 path.unlink()
         new = {key: name for key, name in files.items() if key not in numbers}
-        passing = fill_cache(path, kind, root, new) if new else {}
+        reasons = fill_cache(path, kind, root, new) if new else {}
     records, numbers = open_cache(path, kind)
-    reasons = {key: passing.get(key) or records["reason"][numbers[key]].decode(errors="replace")
-               for key in files}
-    used = [key for key in files if not reasons[key]]
+    used = [key for key in files if key in numbers]
     skipped = {files[key]: reason for key, reason in reasons.items()
-               if reason and files[key].lower().endswith(SUFFIXES)}
+               if files[key].lower().endswith(SUFFIXES)}
     if len(used) < 2:
         raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: "
                         "run download_images.py to fetch faces, or name a folder with --dataroot (--demo "
@@ -958,7 +963,7 @@ COLUMNS = ("epoch", "step", "images_seen", "train_loss", "heldout_loss", "sample
            "images_per_second", "seconds")
 DISTANCE = COLUMNS.index("sample_distance")
 GRID = "epoch_{}_step_{}.png"
-DISTANCE_SIDE = 16  # of the small pictures that sample_distance compares
+DISTANCE_SIDE = 16  # cells in a row, of which sample_distance compares colours and fine detail
 DISTANCE_MOST = 2000  # real images that it uses
 
 
@@ -1061,47 +1066,56 @@ def draw_morph(model, path, seed, frames=8, **settings):
 
 
 class RealFaces:
-    """What sample_distance compares with: mean and covariance of real images reduced to 16 x 16 pixels."""
+    """What sample_distance compares with: mean and covariance of real images, seen as reduce() sees them."""
 
     def __init__(self, faces, numbers):
         """Of at most DISTANCE_MOST of the images `numbers`, and of their mirror images."""
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), DISTANCE_MOST)).astype(int)]
-        reduced = torch.cat([self.reduce(faces.batch(some)) for some in chosen.split(256)])
+        seen = torch.cat([self.reduce(faces.batch(some)) for some in chosen.split(256)], dim=1)
         count = max(1, min(64, len(chosen) // 2))
         usual = []
         for repeat in range(8):
             order = torch.randperm(len(chosen), generator=generator("usual", repeat))
-            self.measure(reduced[order[count % len(order):]])
-            usual.append(self.frechet_distance(reduced[order[:count]]))
-        self.measure(reduced)
-        self.usual = max(float(np.mean(usual)), 1e-9)
+            self.measure(seen[:, order[count % len(order):]])
+            usual.append(self.frechet_distance(seen[:, order[:count]]))
+        self.measure(seen)
+        self.usual = torch.stack(usual).mean(0).clamp(min=1e-9)
 
     @staticmethod
     def reduce(images):
-        return F.interpolate(images.cpu(), (DISTANCE_SIDE, DISTANCE_SIDE), mode="area").double()
+        """Images (N, 3, S, S) in [-1, 1] as 16 x 16 cells, (2, N, 3, 16, 16) float64: their mean colour, and
+        how much fine detail they have, the mean absolute difference to the image at half the resolution."""
+        images = images.cpu()
+        coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+        cells = [F.interpolate(part, (DISTANCE_SIDE, DISTANCE_SIDE), mode="area")
+                 for part in (images, (images - coarse).abs())]
+        return torch.stack(cells).double()
 
-    def measure(self, reduced):
-        values = torch.cat((reduced, reduced.flip(3))).flatten(1)
-        self.mean = values.mean(0)
-        self.covariance = values.T.cov()
+    def measure(self, seen):
+        values = torch.cat((seen, seen.flip(4)), dim=1).flatten(2)
+        self.mean = values.mean(1)
+        self.covariance = torch.stack([cells.T.cov() for cells in values])
 
-    def frechet_distance(self, reduced):
-        """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)) of means and covariances of small pictures (N, 3, s, s)
-        and of the real ones (Dowson & Landau 1982). The root's trace is that of a matrix of N x N."""
-        values = reduced.flatten(1)
-        centred = (values - values.mean(0)) / math.sqrt(max(1, len(values) - 1))
-        root = torch.linalg.eigvalsh(centred @ self.covariance @ centred.T).clamp(min=0).sqrt().sum()
-        offset = (values.mean(0) - self.mean).square().sum()
-        return (offset + centred.square().sum() + self.covariance.trace() - 2 * root).item()
+    def frechet_distance(self, seen):
+        """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)), (2,), of means and covariances of samples, as reduce()
+        gives them, and of the real images (Dowson & Landau 1982). The root's trace is that of a matrix of N x
+        N."""
+        values = seen.flatten(2)
+        centred = (values - values.mean(1, keepdim=True)) / math.sqrt(max(1, values.shape[1] - 1))
+        root = torch.linalg.eigvalsh(centred @ self.covariance @ centred.mT).clamp(min=0).sqrt().sum(1)
+        trace = self.covariance.diagonal(dim1=1, dim2=2).sum(1)
+        return (values.mean(1) - self.mean).square().sum(1) + centred.square().sum((1, 2)) + trace - 2 * root
 
     def sample_distance(self, images):
         """The Fréchet distance of images (N, 3, S, S) in [-1, 1], 64 at a time, to the real ones, divided by
         its usual value for 64 real images against the others: 1 means as far as real faces are. It is Heusel
-        et al. 2017's (arXiv:1706.08500) on pixels, so it needs no other network. It sees pose, colours,
-        outlines and how much faces vary. It does not see fine detail, nor that a sample is a copy of a
+        et al. 2017's (arXiv:1706.08500), but on mean colours and on amounts of fine detail in 16 x 16 cells,
+        and the mean of both, so it needs no other network. It sees pose, colours, outlines, grain and blur,
+        and how much faces vary. It does not see whether details are right, nor that a sample is a copy of a
         training image."""
         sets = [some for some in images.split(64) if len(some) == 64 or len(images) < 64]
-        return float(np.mean([self.frechet_distance(self.reduce(some)) for some in sets])) / self.usual
+        distance = torch.stack([self.frechet_distance(self.reduce(some)) for some in sets]).mean(0)
+        return (distance / self.usual).mean().item()
 
 
 def distances(images, faces):
@@ -1214,6 +1228,8 @@ def save(run, last=False, finished=False):
     """Save the checkpoint of `run`, in rank 0. A failure is a warning, and the next try follows soon; for the
     `last` checkpoint it is a UserError after three tries."""
     path = run.args.checkpoint
+    if PROCESSES > 1:
+        keep_weights_equal(run)
     for attempt in range(3 if last else 1) if RANK == 0 else ():
         begun = time.monotonic()
         time.sleep(attempt * RETRY_SECONDS / 6)

@@ -1,7 +1,6 @@
 """scriptc.py as a user runs it: every test is one promise about what its commands do."""
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -24,19 +23,10 @@ from PIL import Image
 
 import scriptc
 from fake_face.draw_faces import draw_face, fill_folder
+from tests.runs import ROOT, SMALL, checkpoint, command, same, table
 from tests.systems import ON_WINE, STOPS, WINDOWS, made, needs_terminals, start_to_be_stopped, stop
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-SMALL = ["--image-size", "16", "--channels", "8", "16", "--batch-size", "16", "--sample-steps", "3", "--device", "cpu"]
-
-
-def command(folder, *flags):
-    """The command line of a small training in `folder`: its faces/, results/ and checkpoint.pth."""
-    places = {"--dataroot": folder / "faces", "--results": folder / "results", "--checkpoint": folder / "checkpoint.pth"}
-    flags = [str(flag) for flag in flags]
-    own = [text for flag, path in places.items() if flag not in flags for text in (flag, str(path))]
-    return [sys.executable, str(ROOT / "scriptc.py"), *own, *flags]
 
 
 def run(folder, *flags):
@@ -77,22 +67,6 @@ def refused(folder, *flags):
     lines = error.read().strip().splitlines()
     assert status in (1, 2) and len(lines) == status, lines  # argparse says the usage first
     return lines[-1].removeprefix("scriptc.py: ")
-
-
-def table(folder):
-    with open(folder / "results" / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint(folder, name="checkpoint.pth"):
-    return torch.load(folder / name, weights_only=True)
-
-
-def same(one, other):
-    """Whether two nested state dicts are equal to the bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def build_run(*flags):
@@ -740,6 +714,32 @@ def test_a_process_without_an_image_of_a_small_batch_takes_part(folder):
     assert done.returncode == 0 and [row["step"] for row in table(folder)] == ["3"], done.stderr
 
 
+DRIFT = """
+import torch, scriptc
+scriptc.join_processes()
+run = scriptc.Run(scriptc.read_settings(["--image-size", "16", "--channels", "8", "8"]), torch.device("cpu"))
+scriptc.keep_weights_equal(run)
+scriptc.say("drifting now")
+with torch.no_grad():
+    run.weights[0].add_(scriptc.RANK)
+scriptc.keep_weights_equal(run)
+print("SUMS", torch.stack([weight.double().sum() for weight in run.weights]).tolist())
+"""
+
+
+@several_processes
+def test_weights_that_drift_apart_between_processes_become_those_of_the_first_with_a_warning(tmp_path):
+    script = tmp_path / "drift.py"
+    script.write_text(DRIFT)
+    done = subprocess.run([*TWO_PROCESSES, script], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(pathlib.Path(scriptc.__file__).parent)})
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.split("drifting now")
+    assert "differ" not in before and after.count("the weights of the processes differ") == 1
+    one, other = re.findall("SUMS (.*)", done.stdout)
+    assert one == other
+
+
 @several_processes
 def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
     flags = [*SMALL, "--epochs", 60, "--save-minutes", "0.001"]
@@ -830,20 +830,20 @@ def test_all_kinds_of_image_files_are_read_as_they_look(tmp_path):
         face.save(tmp_path / f"format.{suffix}")
     face.save(tmp_path / "a_png_called.jpg", "PNG")
     for path in tmp_path.iterdir():
-        pixels, reason, _ = scriptc.decode(str(path), 16)
-        assert reason == "" and pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8, path.name
+        pixels = scriptc.decode(str(path), 16)
+        assert not isinstance(pixels, str) and pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8, path.name
         expected = small if path.stem not in ("gray", "deep") else np.asarray(gray.resize((16, 16)).convert("RGB"))
         assert np.abs(pixels.astype(int) - expected).mean() < 6, path.name
 
 
 def test_transparency_is_laid_over_white(tmp_path):
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (scriptc.decode(str(tmp_path / "clear.png"), 16)[0] == 255).all()
+    assert (scriptc.decode(str(tmp_path / "clear.png"), 16) == 255).all()
     half = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
     half.paste((0, 0, 0, 128), (0, 0, 16, 32))
     half.save(tmp_path / "half.png")
     half.convert("LA").save(tmp_path / "gray.png")
-    pixels, gray = (scriptc.decode(str(tmp_path / name), 16)[0].astype(int) for name in ("half.png", "gray.png"))
+    pixels, gray = (scriptc.decode(str(tmp_path / name), 16).astype(int) for name in ("half.png", "gray.png"))
     assert np.abs(pixels[:, :6] - 127).max() < 3 and np.abs(pixels[:, 10:] - [255, 0, 0]).max() < 3
     assert np.abs(gray[:, :6] - 127).max() < 3 and np.abs(gray[:, 10:] - 76).max() < 3
 
@@ -852,14 +852,14 @@ def test_sixteen_bits_a_channel_are_read_as_eight(tmp_path):
     gray = draw_face(1, 16).convert("L")
     deep = np.asarray(gray).astype(np.uint16) << 8
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert (scriptc.decode(str(tmp_path / "deep.png"), 16)[0] == np.asarray(gray)[..., None]).all()
+    assert (scriptc.decode(str(tmp_path / "deep.png"), 16) == np.asarray(gray)[..., None]).all()
 
 
 def test_the_middle_of_a_wide_image_is_kept(tmp_path):
     picture = Image.new("RGB", (96, 32), "black")
     picture.paste("white", (26, 0, 70, 32))
     picture.save(tmp_path / "wide.png")
-    assert (scriptc.decode(str(tmp_path / "wide.png"), 16)[0] > 250).all()
+    assert (scriptc.decode(str(tmp_path / "wide.png"), 16) > 250).all()
 
 
 def test_files_that_are_not_images_are_skipped_counted_and_listed(folder, capsys):

@@ -25,7 +25,6 @@ Linux only. Without strace `inside-save` is skipped, without the right to mount 
 import argparse
 import collections
 import contextlib
-import csv
 import hashlib
 import importlib.util
 import io
@@ -51,8 +50,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("--image-size", "16", "--channels", "8", "16", "--batch-size", "64", "--sample-steps", "3", "--device", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fake_face.draw_faces import fill_folder  # noqa: E402
+from tests import runs  # noqa: E402
+from tests.runs import ROOT, command, table  # noqa: E402
+
+SMALL = (*runs.SMALL, "--batch-size", "64")
 PARTS = ("model", "ema", "optimizer", "epoch", "step", "images_seen")  # of a checkpoint: what has to be equal
 MEMORY = 500  # MB that a bad checkpoint may cost beyond a good one
 
@@ -63,22 +67,20 @@ MEMORY = 500  # MB that a bad checkpoint may cost beyond a good one
 def draw(folder, count, size=32):
     """Fill `folder` with drawn faces."""
     with contextlib.redirect_stderr(io.StringIO()):
-        subprocess.run([sys.executable, ROOT / "fake_face" / "draw_faces.py", folder, "--count", str(count),
-                        "--size", str(size)], check=True, capture_output=True)
+        fill_folder(folder, count, size)
 
 
-def places(folder, faces=None):
-    """The flags that keep all of a run in `folder`."""
-    return ["--dataroot", str(faces or folder / "faces"), "--results", str(folder / "results"),
-            "--checkpoint", str(folder / "checkpoint.pth")]
+def data(faces):
+    """The flags that name another folder of images than faces/ beside the results."""
+    return ["--dataroot", faces] if faces else []
 
 
 def start(args, folder, *flags, faces=None, threads=1):
     """Start scriptc.py as a user does; its output goes into `folder`/output."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output", "ab") as output:
-        return subprocess.Popen([sys.executable, str(args.scriptc), *places(folder, faces), *map(str, flags)],
-                                stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen([sys.executable, str(args.scriptc), *command(folder, *flags, *data(faces))[2:]], stdout=output,
+                                stderr=output, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def forked(action, output, seconds=60):
@@ -154,16 +156,6 @@ def whole(path):
         if file.testzip():
             raise ValueError("checksum")
     return torch.load(path, weights_only=True)
-
-
-def table(folder):
-    """The rows of metrics.csv, as far as they are whole."""
-    try:
-        with open(folder / "results" / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row]
-        return [row for row in rows if all(row[name] for name in row if name != "sample_distance")]
-    except FileNotFoundError:
-        return []
 
 
 def outcome(folder):
@@ -490,7 +482,7 @@ def mutated(args, folder):
             if blob is not None:
                 (own / name).write_bytes(blob)
         flags = ["--device", "cpu", "--sample-steps", "3", "--max-steps", "7"]
-        return forked(lambda: limited(lambda: args.module.main([*places(own, folder / "faces"), *flags])), own)
+        return forked(lambda: limited(lambda: args.module.main(command(own, *flags, *data(folder / "faces"))[2:])), own)
 
     def limited(action):
         """Call it with 8 GB of address space more than there are now: a bomb shall not take the machine with it."""
@@ -583,7 +575,7 @@ def fill_disk(args, disk, faces, freed):
     log, path, wrong = disk.parent / f"freed {freed}", disk / "checkpoint.pth", []
     flags = (*SMALL, "--channels", "24", "48", "72", "--save-minutes", "0.02", "--minutes", args.minutes)
     with open(log, "wb") as output:
-        process = subprocess.Popen([sys.executable, str(args.scriptc), *places(disk, faces), *map(str, flags)], stdout=output,
+        process = subprocess.Popen([sys.executable, str(args.scriptc), *command(disk, *flags, *data(faces))[2:]], stdout=output,
                                    stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
