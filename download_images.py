@@ -423,7 +423,7 @@ def parse_args(argv):
     """The settings. Bad arguments end the program with status 2 and a sentence."""
     parser = argparse.ArgumentParser(description="Download different images until a folder holds enough.")
     settings = {  # type, default, least, most, placeholder, meaning
-        "--count": (int, 50000, 1, 1e9, "N", "good images to stop at"),
+        "--count": (int, 50000, 1, 1e9, "N", "stop when the folder holds N good images"),
         "--out": (Path, Path(__file__).resolve().parent / "fake_face" / "faces", None, None, "DIR", "folder"),
         "--size": (int, None, 16, 4096, "PX", "store JPEGs of PX x PX pixels instead of what was served"),
         "--url": (str, "https://thispersondoesnotexist.com/", None, None, "URL", "any address with an image"),
@@ -438,7 +438,7 @@ def parse_args(argv):
     for flag, (_, _, least, most, *_) in settings.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         if None not in (least, value) and not least <= value <= most:
-            parser.error(f"{flag} must be from {least:g} to {most:g}, not {value}")
+            parser.error(f"{flag} must be from {least:g} to {most:,.10g}, not {value}")
     try:
         new_session().get_adapter(requests.Request("GET", args.url).prepare().url)
     except requests.RequestException as error:

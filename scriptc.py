@@ -10,7 +10,8 @@ plumbing, main. Read settings and method, the whole algorithm, first; then `trai
 
 The method is Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), with its symbols:
 x_0 is an image in [-1, 1], x_t the same image with the noise of timestep t, alphas_cumprod[t] the paper's
-alpha-bar_t. Sampling adds Song et al. 2021 (arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
+alpha-bar_t. The loss is the L1 error instead of the squared one. Sampling adds Song et al. 2021
+(arXiv:2010.02502) and Lu et al. 2022 (arXiv:2211.01095).
 """
 
 import time
@@ -93,10 +94,12 @@ def build_parser(**options):
     count = between(int, 1, 10**9)
     minutes = between(float, 1e-3, 1e6)
     add = parser.add_argument_group("data").add_argument
-    add("--dataroot", metavar="DIR", help="train on all images below (default: fake_face beside the script)")
-    add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
+    add("--dataroot", metavar="DIR",
+        help="train on all images below it (default: fake_face beside the script)")
+    add("--results", metavar="DIR",
+        help="folder for pictures and metrics (default: results beside the script)")
     add("--checkpoint", metavar="FILE",
-        help="to make or resume (default: model_checkpoint.pth beside the script)")
+        help="file to create or resume (default: model_checkpoint.pth beside the script)")
     add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself, into results/demo")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
@@ -106,15 +109,18 @@ def build_parser(**options):
     add("--timesteps", metavar="T", type=between(int, 10, 10_000), default=1000,
         help="diffusion steps (default: 1000)")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", metavar="N", type=count, default=64, help="images per step in all (default: 64)")
+    add("--batch-size", metavar="N", type=count,
+        help="images per step, over all processes (default: 64; 32 on a CPU)")
     add("--epochs", metavar="N", type=count, help="passes over the images (default: 100 if no other limit)")
     add("--minutes", metavar="M", type=minutes,
-        help="time for the run, start-up included (default: no limit, with --demo 5)")
+        help="minutes for the run, all starts together (default: no limit, with --demo 5)")
     add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
     add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3,
         help="highest learning rate (default: 0.008)")
-    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="of random numbers (default: 0)")
-    add("--save-minutes", metavar="M", type=minutes, default=10, help="between two checkpoints (default: 10)")
+    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0,
+        help="of the random numbers (default: 0)")
+    add("--save-minutes", metavar="M", type=minutes, default=10,
+        help="minutes between two checkpoints (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=count, help="no training: draw N images into results/samples")
     add("--sample-steps", metavar="K", type=count, default=20,
@@ -169,8 +175,8 @@ def timestep_probabilities(timesteps, image_size):
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """Timesteps (B,) to (B, dim): sines, then cosines, of wavelengths 2 pi to 20,000 pi (Vaswani et al. 2017,
-    3.5)."""
+    """Timesteps (B,) to (B, dim), dim even and at least 4: sines, then cosines, of wavelengths 2 pi to 20,000
+    pi (Vaswani et al. 2017, 3.5)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -212,7 +218,7 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_projection = nn.Linear(c_time, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # so the block begins as the identity: this eases training
+        nn.init.zeros_(self.conv2.weight)  # so the block begins as its shortcut: this eases training
         nn.init.zeros_(self.conv2.bias)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -312,9 +318,9 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
               + sigma_s sqrt(1 - e^(-2 eta h)) fresh noise
 
     D is the estimate of the clean image, x_0 = (x_t - sigma_t predicted noise) / alpha_t, clipped to [-1, 1].
-    With order 2 it is extrapolated from this and the last estimate: D = (1 + 1 / 2r) x_0 - (1 / 2r)
-    x_0_before with r = h_before / h (Lu et al. 2022, algorithm 2). eta = 1 with order 1 over all timesteps is
-    the ancestral sampling of Ho et al. 2020.
+    With order 2 it is extrapolated from this and the last estimate, except in the first and the last step:
+    D = x_0 + (x_0 - x_0_before) / 2r with r = h_before / h (Lu et al. 2022, algorithm 2). eta = 1 with order
+    1 over all timesteps is the ancestral sampling of Ho et al. 2020.
 
     `steps` is the most network evaluations. Image i of a `seed`, counted from `first`, does not depend
     on `count`. Sampling starts from `noise` (count, 3, S, S) if it is given. `on_step(x_t, x_0)`, if given,
@@ -324,7 +330,8 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
     eta, order = SAMPLERS[sampler]
     count = count if noise is None else len(noise)
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    x = randn(streams, model.image_size) if noise is None else noise.to(device)
+    start = randn(streams, model.image_size)
+    x = start if noise is None else noise.to(device)
     visited, alpha, sigma = sampling_schedule(model.timesteps, steps)
     x_0_before = h_before = None
     for step, t in enumerate(visited):
@@ -337,7 +344,7 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
         estimate = x_0
         if order == 2 and 0 < step < len(visited) - 1:
             r = h_before / h
-            estimate = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+            estimate = x_0 + (x_0 - x_0_before) / (2 * r)
         kept = sigma[step + 1] / sigma[step] * math.exp(-eta * h)
         x = kept * x + alpha[step + 1] * (1 - math.exp(-(1 + eta) * h)) * estimate
         if eta:
@@ -382,8 +389,7 @@ COMPARED_MOST = 512  # held-out images, and as many training images, on which th
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
 LOOK_SECONDS = 2  # between looks at the loss
-LOG_SECONDS = 30  # between lines of a log file
-LINE_SECONDS = 5  # between the lines of two epochs, at least, with which metrics.csv is written
+LINE_SECONDS = 5  # least time between the lines of two epochs; metrics.csv is written with each line
 
 # a, b, c of each iteration S <- a S + b S^3 + c S^5: those that bring singular values from 0.01 to 1 closest
 # to 1 in three iterations (0.73 to 1.27), found as in Amsel et al. 2025 (arXiv:2505.16932, section 3).
@@ -454,7 +460,7 @@ def build_optimizers(model, lr):
 
 
 def learning_rate(highest, done):
-    """The learning rate when the part `done` (0 to 1) of the run is done."""
+    """The learning rate when the part `done` (0 to 1) of the run is done; not zero in the first step."""
     return highest * min(1, (done + 1e-3) / WARM_UP) * (1 - done)
 
 
@@ -469,7 +475,7 @@ NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
     "seconds_of_saving": 0.0,  # of the latest checkpoint
     "history": [],  # rows of metrics.csv
     "images_hash": "",  # identifies the set of training images of the current epoch
-    "compared": [],  # hashes of the images whose losses are compared
+    "compared_hashes": [],  # of the images whose losses are compared
 }
 
 
@@ -531,7 +537,8 @@ class Run:
         progress = self.progress
         with rank_0_first():
             names, self.faces, self.skipped = load_images(args, self.device)
-        self.train_numbers, heldout, trained, progress.compared = split(names, progress.compared)
+        (self.train_numbers, heldout, trained,
+         progress.compared_hashes) = split(names, progress.compared_hashes)
         self.compared = {"train": trained, "heldout": heldout}
         images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
                                      .encode()).hexdigest()
@@ -542,7 +549,8 @@ class Run:
         if images_hash != progress.images_hash:  # the folder has changed: the epoch starts over
             progress.images_hash = images_hash
             progress.images_in_epoch = 0
-        progress.history = [row for row in progress.history if row[0] <= progress.epoch]  # the rest: later
+        # without the row of an unfinished epoch, which comes again
+        progress.history = [row for row in progress.history if row[0] <= progress.epoch]
 
     def seconds(self):
         """Seconds of all starts of this run together."""
@@ -609,7 +617,7 @@ def accumulate_gradients(run, numbers):
     """
     begin = len(numbers) * RANK // PROCESSES
     end = len(numbers) * (RANK + 1) // PROCESSES
-    batch = len(numbers) if end > begin else math.inf  # a process without images computes one, which counts 0
+    batch = len(numbers) if end > begin else math.inf  # a process without images computes one of weight 0
     mine = slice(begin, max(end, begin + 1))
     share = [values[mine].split(run.micro_batch) for values in (numbers, *random_draws(run, len(numbers)))]
     loss = torch.zeros((), device=run.device)
@@ -698,7 +706,7 @@ def compared_loss(run, numbers):
 
 def batches_left(run):
     """Numbers (B,) of the images of each batch that is left of this epoch. Their order depends on (seed,
-    epoch)."""
+    epoch), and batches are as equal as possible, so that a resumed epoch has the same ones."""
     order = torch.randperm(len(run.train_numbers),
                            generator=generator("order", run.args.seed, run.progress.epoch))
     rest = run.train_numbers[order][run.progress.images_in_epoch:].to(run.faces.rows.device)
@@ -732,8 +740,8 @@ def end_epoch(run, at_end, stop):
         history.append([progress.epoch + 1, progress.step, progress.images_seen, *losses, None, rate,
                         run.speed, run.seconds()])
     if history and (at_end or begun >= run.next_drawing):
-        write_page(args.results, run, "drawing")
-        history[-1][DISTANCE] = draw_pictures(run, stop)
+        warn_if_not_written(write_page, args.results, run, "drawing")
+        draw_pictures(run, stop)
         progress.seconds_of_drawing = time.monotonic() - begun
         run.next_drawing = time.monotonic() + progress.seconds_of_drawing / DRAWING_SHARE
     if history and (at_end or begun >= run.next_line):
@@ -906,7 +914,7 @@ def load_images(args, device):
     if len(used) < 2:
         raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: "
                         "run download_images.py to fetch faces, or name a folder with --dataroot (--demo "
-                        "needs none)")
+                        "needs none; images beside the checkpoint or in --results do not count)")
     faces = Faces(records["pixels"], [numbers[key] for key in used], device)
     return [files[key] for key in used], faces, skipped
 
@@ -934,7 +942,7 @@ def split(names, compared=()):
 
 class Faces:
     """The images as batches on a device. `pixels` (M, S, S, 3) uint8 are those of the cache; image i is
-    pixels[rows[i]]. They are copied to a GPU if they take less than a quarter of its memory."""
+    pixels[rows[i]]. They are copied to a GPU if they take less than a quarter of its free memory."""
 
     def __init__(self, pixels, rows, device):
         self.device = device
@@ -992,8 +1000,8 @@ def draw(model, count, noise=None, at_once=64, first=0, **settings):
 
 
 def draw_pictures(run, stop):
-    """Grid, denoising strip, loss curve and animation of this moment of the run. Returns the sample distance,
-    or None if `stop` is set before the images are finished."""
+    """Grid, denoising strip, loss curve and animation of this moment of the run, and the sample distance of
+    its epoch; only the curve if `stop` is set before the images are finished."""
     args = run.args
     history = run.progress.history
     folder = args.results
@@ -1007,19 +1015,21 @@ def draw_pictures(run, stop):
                   on_step=on_step)
     save_curve(history, folder / "loss.png")
     if stop.is_set():
-        return None
+        return
     save_grid(images, folder / GRID.format(*history[-1]))
     stages = stages[:len(sampling_schedule(args.timesteps, args.sample_steps)[0])]  # of draw()'s first images
-    save_denoising([*stages, (images[:4], images[:4])], folder / "denoising.png")
+    shown = images[:len(stages[0][0])]
+    save_denoising([*stages, (shown, shown)], folder / "denoising.png")
     if not run.real:
         run.real = RealFaces(run.faces, run.train_numbers)
-    distance = run.real.sample_distance(images)
-    history[-1][DISTANCE] = distance
+    history[-1][DISTANCE] = run.real.sample_distance(images)
     paths = [folder / name for *_, name in grids(folder, history)]
     chosen = np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int))
-    save_animation([Image.open(paths[number]).convert("RGB") for number in chosen],
-                   folder / "progress.webp", last=2500)
-    return distance
+    pictures = []
+    for number in chosen:
+        with contextlib.suppress(OSError):  # a grid that a power cut has cut off
+            pictures.append(Image.open(paths[number]).convert("RGB"))
+    save_animation(pictures, folder / "progress.webp", last=2500)
 
 
 def save_denoising(stages, path, columns=10):
@@ -1041,7 +1051,7 @@ def grids(folder, history):
 def save_animation(pictures, path, last=150, side=1100):
     """Pillow images as a WebP animation at most `side` pixels wide; the last one is shown for `last` ms,
     others 150."""
-    scale = max(1, round(540 / pictures[0].width))  # small pictures are enlarged, each pixel to a square
+    scale = max(1, round(540 / pictures[0].width))  # small pictures are enlarged to about 540 px
     frames = [ImageOps.scale(picture, scale, Image.Resampling.NEAREST) for picture in pictures]
     for frame in frames:
         frame.thumbnail((side, side))
@@ -1199,7 +1209,7 @@ VERSION = 3  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
 LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the saved
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
-MOST_VALUES = 16_000_000  # bytes of a checkpoint that are not weights; about 160,000 rows of metrics
+MOST_VALUES = 50_000_000  # bytes of a checkpoint that are not weights; about 500,000 rows of metrics
 RETRY_SECONDS = 30
 
 
@@ -1291,7 +1301,7 @@ def read_checkpoint(path, rename=False):
                 raise ValueError("it is not from this version of the program")
             check_values(saved)
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
-            rename = rename and not isinstance(error, (OSError, MemoryError))  # which may pass
+            rename = rename and not isinstance(error, (OSError, MemoryError))  # errors that may pass
             problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
                                   f"({first_line(error)})")
             continue
@@ -1429,6 +1439,9 @@ def say(line):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+LOG_SECONDS = 30  # between the lines of a log file
+
+
 class Bar:
     """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only for rank
     0."""
@@ -1439,7 +1452,7 @@ class Bar:
         self.title = title
         self.total = total
         self.done = done
-        self.next_line = time.monotonic() + LOG_SECONDS
+        self.next_log = time.monotonic() + LOG_SECONDS
         self.status = ""  # shown beside the number of images
         self.close = self.bar.close
 
@@ -1448,8 +1461,8 @@ class Bar:
         self.done += count
         self.bar.set_postfix_str(self.status, refresh=False)
         self.bar.update(count)
-        if self.bar.disable and time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + LOG_SECONDS
+        if self.bar.disable and time.monotonic() >= self.next_log:
+            self.next_log = time.monotonic() + LOG_SECONDS
             say(f"{self.title}: {self.done:,} of {self.total:,} images{self.status and ', '}{self.status}")
 
 
@@ -1479,9 +1492,8 @@ def lock(path):
 def replacing(path):
     """Yield a file to write; it appears under `path` whole, or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.unlink(missing_ok=True)
     try:
-        with open(unfinished, "x+b") as file:
+        with open(unfinished, "w+b") as file:
             yield file
         os.replace(unfinished, path)
     finally:
@@ -1518,9 +1530,6 @@ def read_settings(argv, saved=None):
             raise UserError(f"{saved['file']} holds another network ({flag_of(name)} {saved['config'][name]} "
                             f"there, {vars(args)[name]} here): leave out {flag_of(name)} to resume it, "
                             f"{args.start_over}, or move away {existing(args.checkpoint)}")
-    if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
-        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as "
-                        "--channels requires: give fewer channels or another size")
     return args
 
 
@@ -1585,13 +1594,16 @@ def draw_samples(args, saved, device):
     save_grid(pictures[:64], grid)
     draw_morph(model, args.results / "morph.webp", **settings)
     say(f"{args.sample} images are in {folder}, the first {min(64, args.sample)} in {grid}")
+    nearest = args.results / "nearest.png"
+    nearest.unlink(missing_ok=True)
     try:
         names, faces, _ = load_images(args, torch.device("cpu"))
-        ratio = save_nearest(torch.stack(pictures[:16]), faces, args.results / "nearest.png").nanmedian()
-        say(f"nearest.png: the distance to the closest real image is {ratio:.2f} times (median) the one "
-            "between a real image and its closest other one; far below 1, the network repeats its images")
+        ratio = save_nearest(torch.stack(pictures[:16]), faces, nearest).median()
+        say(f"{nearest}: median distance to the closest real image {ratio:.2f}, where 1 is usual between a "
+            "real image and its closest other one; far below 1, the network copies images"
+            if ratio.isfinite() else f"{nearest}: the real images are all equal")
         if args.sample >= 64:  # fewer images are farther away, however good they are
-            real = RealFaces(faces, split(names, saved["compared"])[0])
+            real = RealFaces(faces, split(names, saved["compared_hashes"])[0])
             say(f"sample distance {real.sample_distance(torch.stack(pictures)):.2f}, where real faces have 1")
     except UserError as error:
         say(f"no nearest.png: {error}")
@@ -1614,6 +1626,10 @@ def run_command(argv):
     args = read_settings(argv, saved)
     device = choose_device(args.device)
     args.channels = args.channels or default_channels(device, args.image_size)
+    args.batch_size = args.batch_size or (32 if device.type == "cpu" else 64)
+    if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
+        raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as "
+                        "--channels requires: give fewer channels or another size")
     if args.sample:
         if RANK == 0:
             draw_samples(args, saved, device)
@@ -1666,7 +1682,7 @@ def main(argv=None):
     status = 1
     try:
         if PROCESSES > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, while the others form a new group
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's ends this process while it waits
             join_processes()
         status = run_command(argv)
         if PROCESSES > 1:
@@ -1678,8 +1694,8 @@ def main(argv=None):
         status = 130
         message = "stopped"
     except OSError as error:
-        message = (f"{error}: see whether the disk is full or disconnected, or name folders that can be "
-                   "written with --results and --checkpoint, then the same command resumes the run")
+        message = (f"{error}: the disk may be full or disconnected; otherwise name folders that can be "
+                   "written with --results and --checkpoint. The same command then resumes the run")
     except RuntimeError as error:
         if PROCESSES == 1:
             raise

@@ -717,7 +717,7 @@ def test_a_process_without_an_image_of_a_small_batch_takes_part(folder):
 DRIFT = """
 import torch, scriptc
 scriptc.join_processes()
-run = scriptc.Run(scriptc.read_settings(["--image-size", "16", "--channels", "8", "8"]), torch.device("cpu"))
+run = scriptc.Run(scriptc.read_settings(["--image-size", "16", "--channels", "8", "--batch-size", "8"]), torch.device("cpu"))
 scriptc.keep_weights_equal(run)
 scriptc.say("drifting now")
 with torch.no_grad():

@@ -1,7 +1,7 @@
 """What one choice in scriptc.py is worth: train it with one thing changed, draw 256 samples, and compare.
 
     python tests/benchmarks/ablate.py --list
-    python tests/benchmarks/ablate.py --dataroot FACES "as it is" "batch of 128" -- --image-size 32 --minutes 5
+    python tests/benchmarks/ablate.py --dataroot FACES "as it is" "batch of 64" -- --image-size 32 --minutes 5
     python tests/benchmarks/ablate.py --dataroot FACES --seeds 3 --keep OUT "no mirroring" -- --image-size 64 --minutes 10
 
 What stands after -- is passed on to scriptc.py. Each run gets the machine for itself, one after the other, and they take
@@ -64,7 +64,7 @@ VARIANTS = {  # name: (what changes scriptc.py, flags)
     "density mean 0": (setting(DENSITY_MEAN=0.0), []),
     "density mean 2": (setting(DENSITY_MEAN=2.0), []),
     "two blocks at the bottom": (bottleneck_of_two, []),
-    "batch of 128": (setting(), ["--batch-size", "128"]),
+    "batch of 64": (setting(), ["--batch-size", "64"]),
     "learning rate doubled": (setting(), ["--lr", "0.016"]),
     "learning rate halved": (setting(), ["--lr", "0.004"]),
     "momentum 0.95": (setting(MOMENTUM=0.95), []),

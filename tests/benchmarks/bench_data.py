@@ -174,7 +174,7 @@ def cost(args, folder):
     make_cache(folder / "cost" / "faces")
     flags = ["--dataroot", str(folder / "cost" / "faces"), "--results", str(folder / "cost"), "--image-size", str(SIZE)]
     settings, cpu = scriptc.read_settings(flags), torch.device("cpu")
-    settings.channels = scriptc.default_channels(cpu, SIZE)
+    settings.channels, settings.batch_size = scriptc.default_channels(cpu, SIZE), BATCH
     run, batch, step = scriptc.Run(settings, cpu), [], []
     run.open_images()
     for _ in range(args.steps):
