@@ -732,12 +732,33 @@ def test_weights_that_drift_apart_between_processes_become_those_of_the_first_wi
     script = tmp_path / "drift.py"
     script.write_text(DRIFT)
     done = subprocess.run([*TWO_PROCESSES, script], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(pathlib.Path(scriptc.__file__).parent)})
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     before, after = done.stdout.split("drifting now")
     assert "differ" not in before and after.count("the weights of the processes differ") == 1
     one, other = re.findall("SUMS (.*)", done.stdout)
     assert one == other
+
+
+FAILING = """
+import sys, scriptc
+real = scriptc.training_step
+def step(run, *rest):
+    if scriptc.RANK == 1 and run.progress.step == 2:
+        raise scriptc.UserError("this process has had enough")
+    real(run, *rest)
+scriptc.training_step = step
+sys.exit(scriptc.main(sys.argv[1:]))
+"""
+
+
+@several_processes
+def test_an_error_in_one_process_ends_all_at_once(folder):
+    script = folder / "failing.py"
+    script.write_text(FAILING)
+    done = subprocess.run([*TWO_PROCESSES, script, *command(folder, *SMALL, "--epochs", 1000)[2:]], capture_output=True,
+                          text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0 and "scriptc.py: this process has had enough" in done.stderr
 
 
 @several_processes
