@@ -188,7 +188,7 @@ def test_captions_say_what_the_rows_of_the_strip_and_the_numbers_under_the_pairs
     page = look(copied)
     caption = page.inner_text("figure:has(#denoising)")
     assert all(words in caption for words in ("Each pair of rows is one sample", "noisy image xt", "clean image x0"))
-    assert "Below 1: closer" in page.inner_text("figure:has(#nearest)")
+    assert "Far below 1, the generated image is a copy" in page.inner_text("figure:has(#nearest)")
 
 
 @pytest.fixture
