@@ -1289,7 +1289,7 @@ def check_values(saved):
 
 def read_checkpoint(path, rename=False):
     """The dict at `path`, or the one before where that is missing or damaged, with its path as "file"; None
-    where there is none yet. With `rename` a damaged one gets another name, so that nothing overwrites it.
+    where there is none yet. With `rename` one that cannot be used gets another name and is kept.
     UserError where there are files, but none that can be used. Only tensors and plain values are loaded:
     nothing is executed."""
     problem = ""
@@ -1307,7 +1307,6 @@ def read_checkpoint(path, rename=False):
                 raise ValueError("it is not from this version of the program")
             check_values(saved)
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
-            rename = rename and not isinstance(error, (OSError, MemoryError))  # errors that may pass
             problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
                                   f"({first_line(error)})")
             continue

@@ -242,10 +242,11 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, how):
     assert (folder / grid).read_bytes() == (whole / grid).read_bytes()
 
 
-def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_used(trained, tmp_path, capsys):
+@pytest.mark.parametrize("rest", [slice(None, -5000), slice(5000, None)], ids=["its end", "its start"])
+def test_a_checkpoint_without_a_part_is_set_aside_and_the_one_before_is_used(trained, tmp_path, capsys, rest):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     assert here(tmp_path, "--epochs", 3, "--sample-steps", 3) == 0
-    broken = (tmp_path / "checkpoint.pth").read_bytes()[:-5000]
+    broken = (tmp_path / "checkpoint.pth").read_bytes()[rest]
     (tmp_path / "checkpoint.pth").write_bytes(broken)
     scriptc.load_model(tmp_path / "checkpoint.pth")  # reads the one before and changes nothing
     assert (tmp_path / "checkpoint.pth").read_bytes() == broken
