@@ -72,8 +72,7 @@ def flag_of(name):
 
 
 def between(kind, least, most, step=None):
-    """An argparse type: an int or a float (`kind`) from `least` to `most`, a multiple of `step` if that is
-    given."""
+    """An argparse type: an int or a float (`kind`) from `least` to `most`, if given a multiple of `step`."""
 
     def number(text):
         value = kind(text)  # argparse says what ValueError means
@@ -145,8 +144,7 @@ def linear_beta_schedule(timesteps):
 
 def forward_diffusion(x_0, t, alphas_cumprod, noise=None):
     """Noise images in closed form: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, equation 4).
-    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise), as
-    x_0."""
+    x_0 (B, 3, S, S), t (B,) in [0, T), a = alphas_cumprod (T,) = cumprod(1 - betas). Returns (x_t, noise)."""
     if noise is None:
         noise = torch.randn_like(x_0)
     a_t = alphas_cumprod[t][:, None, None, None]
@@ -205,7 +203,7 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, 8, self.weight.to(x.dtype), self.bias.to(x.dtype))
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def default_batch_size(device, image_size):
@@ -267,8 +265,7 @@ class SimpleUnet(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def forward(self, x_t, t):
-        """x_t (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise (B, 3, S,
-        S)."""
+        """x_t (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise, as x_t."""
         time_embedding = self.time_mlp(t)
         skips = []
         x = self.first(x_t)
@@ -336,7 +333,7 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
     eta, order = SAMPLERS[sampler]
     count = count if noise is None else len(noise)
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    start = randn(streams, model.image_size)
+    start = randn(streams, model.image_size)  # drawn in any case: no step draws the same numbers again
     x = start if noise is None else noise.to(device)
     visited, alpha, sigma = sampling_schedule(model.timesteps, steps)
     x_0_before = h_before = None
@@ -537,8 +534,7 @@ class Run:
                             f"{self.args.start_over}") from None
 
     def open_images(self):
-        """Find the images and begin where `progress` says. UserError where processes differ in what they
-        see."""
+        """Find the images, begin where `progress` says. UserError where processes see different ones."""
         args = self.args
         progress = self.progress
         with rank_0_first():
@@ -571,8 +567,7 @@ class Run:
     def done(self):
         """The part of the run that is done, 0 to 1, by epochs, steps or the clock. The clock counts from the
         first step, and leaves twice the time that the latest pictures and checkpoint took, at most half, for
-        the last ones. Before there are pictures, an evaluation is taken to last a third of a training step,
-        its forward pass."""
+        the last ones. Before there are pictures, an evaluation counts as a third of a training step."""
         progress = self.progress
         args = self.args
         epochs = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
@@ -599,17 +594,20 @@ class Run:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
 
 
+def stratified_timesteps(run, position):
+    """Timesteps (N,) that follow timestep_probabilities, one from each of N intervals of equal probability
+    (stratified sampling); `position` (N,) in [0, 1) is where in its interval each one lies."""
+    quantile = (torch.arange(len(position), device=run.device) + position) / len(position)
+    return torch.searchsorted(run.cumulative, quantile).clamp(max=run.args.timesteps - 1)
+
+
 def random_draws(run, count):
     """flip (count,) bool, t (count,) int64, noise (count, 3, S, S) of the current step, on the device. They
-    depend on (seed, step) alone: they are the same after a restart and for any number of processes. The
-    timesteps follow timestep_probabilities, one from each of `count` intervals of equal probability
-    (stratified sampling)."""
+    depend on (seed, step) alone: they are the same after a restart and for any number of processes."""
     stream = generator("step", run.args.seed, run.progress.step, device=run.device)
     size = run.args.image_size
     flip = torch.rand(count, generator=stream, device=run.device) < 0.5
-    position = torch.rand(count, generator=stream, device=run.device)
-    quantile = (torch.arange(count, device=run.device) + position) / count
-    t = torch.searchsorted(run.cumulative, quantile).clamp(max=run.args.timesteps - 1)
+    t = stratified_timesteps(run, torch.rand(count, generator=stream, device=run.device))
     noise = torch.randn(count, size, size, 3, generator=stream, device=run.device).permute(0, 3, 1, 2)
     return flip, t, noise.contiguous(memory_format=memory_format(run.device))
 
@@ -694,10 +692,8 @@ def training_step(run, numbers, done):
 @torch.no_grad()
 def compared_loss(run, numbers):
     """Mean L1 loss of the averaged network on the images `numbers`, under the training's density of
-    timesteps. Noise and timesteps are the same every time, and for training images the same as for held-out
-    ones."""
-    quantile = ((torch.arange(len(numbers)) + 0.5) / len(numbers)).to(run.device)
-    timesteps = torch.searchsorted(run.cumulative, quantile).clamp(max=run.args.timesteps - 1)
+    timesteps. Noise and timesteps are the same every time, and the same for training and held-out images."""
+    timesteps = stratified_timesteps(run, torch.full((len(numbers),), 0.5, device=run.device))
     loss = 0.0
     for places in torch.arange(len(numbers)).split(run.micro_batch):
         streams = [generator("compared", place, device=run.device) for place in places.tolist()]
@@ -720,8 +716,7 @@ def batches_left(run):
 
 
 def look(run, bar):
-    """Show the loss, renew the page. UserError where training diverges. Waits for the device, so not in each
-    step."""
+    """Show the loss, renew the page. It waits for the device. UserError where training diverges."""
     if run.bad_steps >= BAD_STEPS:
         raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
                         "checkpoint with a lower --lr or with --precision fp32")
@@ -734,8 +729,7 @@ def look(run, bar):
 
 
 def end_epoch(run, at_end, stop):
-    """Metrics, pictures and a line of an epoch, or of the part of it with which the run ends; only in rank
-    0."""
+    """Metrics, pictures and a line of an epoch, or of the part of one that ends the run; only in rank 0."""
     progress = run.progress
     args = run.args
     history = progress.history
@@ -763,8 +757,7 @@ def end_epoch(run, at_end, stop):
 
 
 def train(run, stop):
-    """Train to the end of the run or until `stop`, a threading.Event, is set. Returns whether it was
-    stopped."""
+    """Train until the run ends or `stop`, a threading.Event, is set. Returns whether it was stopped."""
     progress = run.progress
     at_end = stopped = False
     while not (at_end or stopped):
@@ -977,7 +970,7 @@ COLUMNS = ("epoch", "step", "images_seen", "train_loss", "heldout_loss", "sample
            "images_per_second", "seconds")
 DISTANCE = COLUMNS.index("sample_distance")
 GRID = "epoch_{}_step_{}.png"
-DISTANCE_SIDE = 16  # cells in a row, of which sample_distance compares colours and fine detail
+DISTANCE_SIDE = 16  # sample_distance divides each image into 16 x 16 cells
 DISTANCE_MOST = 2000  # real images that it uses
 
 
@@ -1055,8 +1048,7 @@ def grids(folder, history):
 
 
 def save_animation(pictures, path, last=150, side=1100):
-    """Pillow images as a WebP animation at most `side` pixels wide; the last one is shown for `last` ms,
-    others 150."""
+    """Pillow images as a WebP animation at most `side` px wide; 150 ms each, the last one `last` ms."""
     scale = max(1, round(540 / pictures[0].width))  # small pictures are enlarged to about 540 px
     frames = [ImageOps.scale(picture, scale, Image.Resampling.NEAREST) for picture in pictures]
     for frame in frames:
@@ -1098,13 +1090,12 @@ class RealFaces:
         self.usual = torch.stack(usual).mean(0).clamp(min=1e-9)
 
     @staticmethod
-    def reduce(images):
-        """Images (N, 3, S, S) in [-1, 1] as 16 x 16 cells, (2, N, 3, 16, 16) float64: their mean colour, and
-        how much fine detail they have, the mean absolute difference to the image at half the resolution."""
+    def reduce(images, side=DISTANCE_SIDE):
+        """Images (N, 3, S, S) in [-1, 1] as side x side cells, (2, N, 3, side, side) float64: their mean
+        colour, and their fine detail, the mean absolute difference to the image at half the resolution."""
         images = images.cpu()
         coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
-        cells = [F.interpolate(part, (DISTANCE_SIDE, DISTANCE_SIDE), mode="area")
-                 for part in (images, (images - coarse).abs())]
+        cells = [F.interpolate(part, (side, side), mode="area") for part in (images, (images - coarse).abs())]
         return torch.stack(cells).double()
 
     def measure(self, seen):
@@ -1113,9 +1104,9 @@ class RealFaces:
         self.covariance = torch.stack([cells.T.cov() for cells in values])
 
     def frechet_distance(self, seen):
-        """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)), (2,), of means and covariances of samples, as reduce()
-        gives them, and of the real images (Dowson & Landau 1982). The root's trace is that of a matrix of N x
-        N."""
+        """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)), (2,), where m and C are mean and covariance of what
+        reduce() gives for samples, m_r and C_r those of the real images (Dowson & Landau 1982). The
+        eigenvalues of C C_r are taken from an N x N matrix, which has the same ones except zeros."""
         values = seen.flatten(2)
         centred = (values - values.mean(1, keepdim=True)) / math.sqrt(max(1, values.shape[1] - 1))
         root = torch.linalg.eigvalsh(centred @ self.covariance @ centred.mT).clamp(min=0).sqrt().sum(1)
@@ -1124,11 +1115,10 @@ class RealFaces:
 
     def sample_distance(self, images):
         """The Fréchet distance of images (N, 3, S, S) in [-1, 1], 64 at a time, to the real ones, divided by
-        its usual value for 64 real images against the others: 1 means as far as real faces are. It is Heusel
-        et al. 2017's (arXiv:1706.08500), but on mean colours and on amounts of fine detail in 16 x 16 cells,
-        and the mean of both, so it needs no other network. It sees pose, colours, outlines, grain and blur,
-        and how much faces vary. It does not see whether details are right, nor that a sample is a copy of a
-        training image."""
+        its usual value for 64 real images against the others: 1 means as far as real faces are. Heusel et al.
+        2017 (arXiv:1706.08500) take it of a network's features; this is the mean of two distances that need
+        no network, one of colours and one of fine detail in 16 x 16 cells. It sees pose, colours, outlines,
+        grain, blur and how much faces vary, but not whether details are right, nor copies of real images."""
         sets = [some for some in images.split(64) if len(some) == 64 or len(images) < 64]
         distance = torch.stack([self.frechet_distance(self.reduce(some)) for some in sets]).mean(0)
         return (distance / self.usual).mean().item()
@@ -1211,7 +1201,7 @@ def write_page(folder, run=None, status=None):
 
 # -------------------------------------------------------------------------------------------- checkpoint ----
 
-VERSION = 3  # of the checkpoint's format and network
+VERSION = 4  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
 LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the saved
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
@@ -1264,8 +1254,7 @@ def save(run, last=False, finished=False):
 
 
 def check_values(saved):
-    """ValueError where the dict `saved` lacks something, or has a value that the command line could not
-    have."""
+    """ValueError where the dict `saved` lacks something, or has a value that no command line gives."""
     expected = {**{name: dict for name in ("model", "ema", "optimizer", "scaler", "config")},
                 "finished": bool, **{name: type(value) for name, value in NEW_RUN.items()}}
     for name, kind in expected.items():
@@ -1367,8 +1356,7 @@ def halve_or_raise(size, error):
 
 
 def choose_device(name):
-    """The torch.device for --device; UserError where there is none of that name, or fewer GPUs than
-    processes."""
+    """The torch.device for --device; UserError where it is missing, or where there are too few GPUs."""
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
                "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # its tensors cannot be exchanged
     name = name or next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
@@ -1448,8 +1436,7 @@ LOG_SECONDS = 30  # between the lines of a log file
 
 
 class Bar:
-    """Progress of `total` images: a bar on a terminal, elsewhere a line every LOG_SECONDS; only for rank
-    0."""
+    """Progress of `total` images: a bar on a terminal, else a line every LOG_SECONDS; only in rank 0."""
 
     def __init__(self, title, total, done=0):
         self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False,

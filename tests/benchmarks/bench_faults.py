@@ -70,17 +70,13 @@ def draw(folder, count, size=32):
         fill_folder(folder, count, size)
 
 
-def data(faces):
-    """The flags that name another folder of images than faces/ beside the results."""
-    return ["--dataroot", faces] if faces else []
-
-
-def start(args, folder, *flags, faces=None, threads=1):
-    """Start scriptc.py as a user does; its output goes into `folder`/output."""
+def start(args, folder, *flags, faces=None, threads=1, log=None):
+    """Start scriptc.py as a user does, on the images `faces`; its output goes into `log`, else into `folder`/output."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "output", "ab") as output:
-        return subprocess.Popen([sys.executable, str(args.scriptc), *command(folder, *flags, *data(faces))[2:]], stdout=output,
-                                stderr=output, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    arguments = command(folder, "--dataroot", faces or folder / "faces", *flags)[2:]
+    with open(log or folder / "output", "ab") as output:
+        return subprocess.Popen([sys.executable, str(args.scriptc), *arguments], stdout=output, stderr=output,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def forked(action, output, seconds=60):
@@ -482,7 +478,7 @@ def mutated(args, folder):
             if blob is not None:
                 (own / name).write_bytes(blob)
         flags = ["--device", "cpu", "--sample-steps", "3", "--max-steps", "7"]
-        return forked(lambda: limited(lambda: args.module.main(command(own, *flags, *data(folder / "faces"))[2:])), own)
+        return forked(lambda: limited(lambda: args.module.main(command(own, "--dataroot", folder / "faces", *flags)[2:])), own)
 
     def limited(action):
         """Call it with 8 GB of address space more than there are now: a bomb shall not take the machine with it."""
@@ -558,7 +554,7 @@ def full_disk(args, folder):
     disk.mkdir()
     found, wrong = [], []
     for freed in (True, False):
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", disk], capture_output=True, text=True)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True, text=True)
         if mounted.returncode:
             return f"skipped: {mounted.stderr.strip()}", []
         try:
@@ -574,9 +570,7 @@ def fill_disk(args, disk, faces, freed):
     """Train onto `disk`, fill it after the first checkpoint, and free it again or not: (result, what went wrong)."""
     log, path, wrong = disk.parent / f"freed {freed}", disk / "checkpoint.pth", []
     flags = (*SMALL, "--channels", "24", "48", "72", "--save-minutes", "0.02", "--minutes", args.minutes)
-    with open(log, "wb") as output:
-        process = subprocess.Popen([sys.executable, str(args.scriptc), *command(disk, *flags, *data(faces))[2:]], stdout=output,
-                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = start(args, disk, *flags, faces=faces, log=log)
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
     usual = len(log.read_text().splitlines())

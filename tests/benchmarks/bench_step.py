@@ -279,10 +279,11 @@ def count_forward_on_gpu(counter, widths):
     gpu = torch.device("cuda", 0)
     with FakeTensorMode(), gpu:
         model = scriptc.SimpleUnet(widths, args.size)
+        layout = scriptc.memory_format(gpu)
         for weight in model.parameters():
-            weight.data = weight.data.contiguous(memory_format=scriptc.memory_format(gpu) if weight.ndim == 4
-                                                 else torch.contiguous_format)
-        x_t = torch.empty(64, 3, args.size, args.size).contiguous(memory_format=scriptc.memory_format(gpu))
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=layout)
+        x_t = torch.empty(64, 3, args.size, args.size).contiguous(memory_format=layout)
         t = torch.zeros(64, dtype=torch.long)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         torch.set_autocast_enabled("cuda", True)
@@ -294,7 +295,8 @@ def count_forward_on_gpu(counter, widths):
 
 def bench_launches():
     """Operations and bytes of one training step with the settings for a GPU, by section and kind."""
-    run = our_run(8, "bf16", scriptc.default_channels(torch.device("cuda"), args.size))
+    widths = scriptc.default_channels(torch.device("cuda"), args.size)
+    run = our_run(8, "bf16", widths)
     run.micro_batch = 8
     numbers = torch.arange(8)
     scriptc.training_step(run, numbers, 0.5)  # makes the moments
@@ -304,7 +306,7 @@ def bench_launches():
         optimizer.register_step_post_hook(lambda *_: setattr(counter, "section", "average and counts"))
     with counter:
         scriptc.training_step(run, numbers, 0.5)
-    count_forward_on_gpu(counter, scriptc.default_channels(torch.device("cuda"), args.size))
+    count_forward_on_gpu(counter, widths)
     row("launches, 8 images", "operations", "MB read and written", "most frequent")
     row(*["---"] * 4)
     for section in dict.fromkeys(section for section, _ in counter.kinds):

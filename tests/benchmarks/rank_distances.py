@@ -19,7 +19,6 @@ import dlib
 import face_recognition_models
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -41,22 +40,18 @@ def descriptors(images):
 
 
 class Cells(scriptc.RealFaces):
-    """RealFaces that sees colours, fine detail or both, `parts`, in `side` cells a side."""
+    """RealFaces with `side` cells a side that sees colours (0), fine detail (1) or both: `parts`."""
 
     def __init__(self, faces, numbers, side, parts):
         self.side, self.parts = side, parts
         super().__init__(faces, numbers)
 
     def reduce(self, images):
-        images = images.cpu()
-        coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
-        seen = {"colours": images, "detail": (images - coarse).abs()}
-        cells = [F.interpolate(seen[part], (self.side, self.side), mode="area") for part in self.parts]
-        return torch.stack(cells).double()
+        return super().reduce(images, self.side)[self.parts]
 
 
-MEASURES = {f"{' and '.join(parts)}, {side}": (side, parts)
-            for side in (8, 16, 24) for parts in (["colours"], ["detail"], ["colours", "detail"])}
+MEASURES = {f"{name}, {side}": (side, parts) for side in (8, 16, 24)
+            for name, parts in (("colours", [0]), ("detail", [1]), ("colours and detail", [0, 1]))}
 
 
 def frechet(one, other):
@@ -103,12 +98,11 @@ def main(argv=None):
     numbers = torch.arange(len(pixels))
     real = {name: Cells(faces, numbers, *settings) for name, settings in MEASURES.items()}
     reference = descriptors(faces.batch(numbers))
-    names, table = [], []
+    table = []
     for folder in args.results:
         for name, images, loss in sets_of(folder, args.size):
             measured = [cells.sample_distance(images) for cells in real.values()]
             table.append([frechet(descriptors(images), reference), *measured, loss])
-            names.append(name)
             print(f"{name:50}", *(f"{value:8.4f}" for value in table[-1]), flush=True)
     table = np.array(table)
     late = table[:, 0] <= np.median(table[:, 0])
