@@ -478,7 +478,6 @@ NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
     "seconds_of_saving": 0.0,  # of the latest checkpoint
     "history": [],  # rows of metrics.csv
     "images_hash": "",  # identifies the set of training images of the current epoch
-    "compared_hashes": [],  # of the images whose losses are compared
 }
 
 
@@ -539,8 +538,7 @@ class Run:
         progress = self.progress
         with rank_0_first():
             names, self.faces, self.skipped = load_images(args, self.device)
-        (self.train_numbers, heldout, trained,
-         progress.compared_hashes) = split(names, progress.compared_hashes)
+        self.train_numbers, heldout, trained = split(names)
         self.compared = {"train": trained, "heldout": heldout}
         images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
                                      .encode()).hexdigest()
@@ -891,12 +889,9 @@ def load_images(args, device):
                         f".faces_{args.image_size}px.cache")
     shape = (args.image_size, args.image_size, 3)
     kind = np.dtype([("file", "S64"), ("pixels", np.uint8, shape)])  # a record of the cache
-    reserved = lock(path)
-    if not reserved:
+    while not (reserved := lock(path)):
         say(f"another start is reading images into {path}: waiting")
-    while not reserved:
-        time.sleep(0.5)
-        reserved = lock(path)
+        time.sleep(5)
     with reserved:
         records, numbers = open_cache(path, kind)
         if path.is_symlink() or len(records) > 2 * len(numbers.keys() & files.keys()):  # most files gone
@@ -918,11 +913,10 @@ def load_images(args, device):
     return [files[key] for key in used], faces, skipped
 
 
-def split(names, compared=()):
-    """Numbers of the training images, of the held-out and of the training images whose losses are compared,
-    and the hashes of these two. The hash of an image's path below the data root decides what is held out, so
-    an image stays on its side as the folder grows. The same images as before, those with the hashes
-    `compared`, are compared until there could be twice as many."""
+def split(names):
+    """Numbers of the training images, and of the held-out and the training images whose losses are compared,
+    at most COMPARED_MOST each. The hash of an image's path below the data root decides: an image stays on its
+    side as the folder grows, and those with the smallest hashes are compared, so most of them stay too."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little")
                        for name in names])
     order = hashes.argsort()
@@ -931,12 +925,8 @@ def split(names, compared=()):
         heldout[order[0]] = True
         heldout[order[-1]] = False
     sides = [order[heldout[order]], order[~heldout[order]]]
-    count = min(COMPARED_MOST, *map(len, sides))
-    known = [side[np.isin(hashes[side], compared)] for side in sides]
-    if 2 * min(map(len, known)) <= count:
-        known = [side[:count] for side in sides]
-    training = torch.from_numpy(np.flatnonzero(~heldout))
-    return training, *map(torch.from_numpy, known), hashes[np.concatenate(known)].tolist()
+    compared = [side[:min(COMPARED_MOST, *map(len, sides))] for side in sides]
+    return [torch.from_numpy(numbers) for numbers in (np.flatnonzero(~heldout), *compared)]
 
 
 class Faces:
@@ -1595,7 +1585,7 @@ def draw_samples(args, saved, device):
             "real image and its closest other one; far below 1, the network copies images"
             if ratio.isfinite() else f"{nearest}: the real images are all equal")
         if args.sample >= 64:  # fewer images are farther away, however good they are
-            real = RealFaces(faces, split(names, saved["compared_hashes"])[0])
+            real = RealFaces(faces, split(names)[0])
             say(f"sample distance {real.sample_distance(torch.stack(pictures)):.2f}, where real faces have 1")
     except UserError as error:
         say(f"no nearest.png: {error}")
