@@ -31,7 +31,6 @@ import signal
 import sys
 import tempfile
 import threading
-import types
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -67,18 +66,14 @@ DEMO_IMAGES = 2000
 DEMO_DEFAULTS = {"image_size": 32, "minutes": 5}
 
 
-def flag_of(name):
-    return f"--{name.replace('_', '-')}"
-
-
 def between(kind, least, most, step=None):
     """An argparse type: an int or a float (`kind`) from `least` to `most`, if given a multiple of `step`."""
 
     def number(text):
         value = kind(text)  # argparse says what ValueError means
         if not least <= value <= most or step and value % step:
-            multiple = f", a multiple of {step}" if step else ""
-            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:,.10g}{multiple}")
+            multiple = f"a multiple of {step} " if step else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {multiple}from {least:g} to {most:,.10g}")
         return value
 
     return number
@@ -88,17 +83,18 @@ def build_parser(**options):
     """Every setting, its default and its unit."""
     parser = argparse.ArgumentParser(**options, usage="%(prog)s [flags]",
         description="Train a diffusion network on faces, and draw new ones.",
-        epilog="Training settings that are not given come from the checkpoint if there is one, "
-               "else from the defaults.")
+        epilog="Network and training settings that are not given come from the checkpoint if there is one.")
     count = between(int, 1, 10**9)
     minutes = between(float, 1e-3, 1e6)
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("files").add_argument
     add("--dataroot", metavar="DIR",
         help="train on all images below it (default: fake_face beside the script)")
     add("--results", metavar="DIR",
         help="folder for pictures and metrics (default: results beside the script)")
     add("--checkpoint", metavar="FILE",
         help="file to create or resume (default: model_checkpoint.pth beside the script)")
+    add("--save-minutes", metavar="M", type=minutes, default=10,
+        help="minutes between two checkpoints (default: 10)")
     add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself, into results/demo")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
@@ -118,8 +114,6 @@ def build_parser(**options):
         help="highest learning rate (default: 0.008)")
     add("--seed", metavar="S", type=between(int, 0, 10**9), default=0,
         help="of the random numbers (default: 0)")
-    add("--save-minutes", metavar="M", type=minutes, default=10,
-        help="minutes between two checkpoints (default: 10)")
     add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=count, help="no training: draw N images into results/samples")
     add("--sample-steps", metavar="K", type=count, default=20,
@@ -188,22 +182,18 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 
 def default_channels(device, image_size):
-    """Default width of the network at each resolution: on a CPU small enough to draw faces within minutes."""
+    """Default width of the network at each resolution: on a CPU small enough to draw faces within minutes,
+    and with a bottleneck at 4 px for images of 64, 128 and 256 px, where a convolution sees all of them."""
     if device.type == "cuda":
         return [64, 128, 256, 512]
-    return [16, 64, 64, 192] if image_size <= 32 else [16, 32, 64, 128, 192]
-
-
-class Norm(nn.GroupNorm):
-    """Group normalisation in eight groups (Wu & He 2018, arXiv:1803.08494), in the number format of x: only
-    the mean and variance are float32. Autocast would turn all of x to float32, and SiLU with it."""
-
-    def __init__(self, channels):
-        super().__init__(8, channels)
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    if image_size <= 32:
+        return [16, 64, 64, 192]
+    channels = [16, 32, 64, 128, 192]
+    bottom = image_size // 16
+    while bottom >= 8 and bottom % 2 == 0:
+        channels.insert(0, 16)
+        bottom //= 2
+    return channels
 
 
 def default_batch_size(device, image_size):
@@ -212,13 +202,22 @@ def default_batch_size(device, image_size):
     return 2048 // image_size if device.type == "cpu" else 64
 
 
+class Norm(nn.GroupNorm):
+    """Group normalisation (Wu & He 2018, arXiv:1803.08494), in the number format of x: only the mean and
+    variance are float32. Autocast would turn all of x to float32, and SiLU with it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each
     channel. x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, c_time):
         super().__init__()
-        self.norm = Norm(c_in)
+        self.norm = Norm(8, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_projection = nn.Linear(c_time, 2 * c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
@@ -258,14 +257,14 @@ class SimpleUnet(nn.Module):
         self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
         self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.upsample = nn.ModuleList(nn.Conv2d(deeper, c, 1) for c, deeper in pairs)
-        self.last = nn.Sequential(Norm(channels[0]), nn.SiLU(),
+        self.last = nn.Sequential(Norm(8, channels[0]), nn.SiLU(),
                                   nn.Conv2d(channels[0], 3, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
         alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0).float()
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def forward(self, x_t, t):
-        """x_t (B, 3, S, S) in about [-1, 1], t (B,) integer timesteps, to the predicted noise, as x_t."""
+        """Noisy images x_t (B, 3, S, S), t (B,) integer timesteps, to the predicted noise, as x_t."""
         time_embedding = self.time_mlp(t)
         skips = []
         x = self.first(x_t)
@@ -482,14 +481,15 @@ NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
 
 
 class Run:
-    """One training run: what does not change (settings, device, networks, data), and `progress`."""
+    """One training run: settings, device, data, networks, and `progress`, which a checkpoint keeps. What else
+    changes (due times, counters, sizes) starts afresh with every start."""
 
     def __init__(self, args, device):
         """A run at its beginning, without images: settings, networks and optimizers. Needs no disk."""
         self.args = args
         self.device = device
         self.precision = choose_precision(args.precision, device)
-        self.progress = types.SimpleNamespace(**NEW_RUN | {"history": []})
+        self.progress = argparse.Namespace(**NEW_RUN | {"history": []})
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm for each convolution
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -519,7 +519,7 @@ class Run:
     def restore(self, saved):
         """Continue from the checkpoint `saved`. UserError where its parts do not fit together."""
         try:
-            self.progress = types.SimpleNamespace(**{name: saved[name] for name in NEW_RUN})
+            self.progress = argparse.Namespace(**{name: saved[name] for name in NEW_RUN})
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
             self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # {} if it was not fp16
@@ -538,12 +538,11 @@ class Run:
         progress = self.progress
         with rank_0_first():
             names, self.faces, self.skipped = load_images(args, self.device)
-        self.train_numbers, heldout, trained = split(names)
-        self.compared = {"train": trained, "heldout": heldout}
+        self.train_numbers, *self.compared = split(names)
         images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
                                      .encode()).hexdigest()
-        seen = (progress.epoch, progress.step, int(images_hash[:12], 16))
-        if broadcast(*seen) != seen:
+        state_here = (progress.epoch, progress.step, int(images_hash[:12], 16))
+        if broadcast(*state_here) != state_here:
             raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: "
                             "--checkpoint and --dataroot must be on a disk that all machines share")
         if images_hash != progress.images_hash:  # the folder has changed: the epoch starts over
@@ -571,12 +570,12 @@ class Run:
         epochs = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
         done = max(epochs / (args.epochs or math.inf), progress.step / (args.max_steps or math.inf))
         if args.minutes and progress.step:
-            trained = self.seconds() - progress.seconds_at_first_step
+            training_seconds = self.seconds() - progress.seconds_at_first_step
             drawing = (progress.seconds_of_drawing
-                       or 64 * args.sample_steps * trained / 3 / progress.images_seen)
+                       or 64 * args.sample_steps * training_seconds / 3 / progress.images_seen)
             reserve = 2 * (drawing + progress.seconds_of_saving)
             budget = max(60 * args.minutes - progress.seconds_at_first_step, 0.1)
-            done = max(done, trained / (budget - min(reserve, budget / 2)))
+            done = max(done, training_seconds / (budget - min(reserve, budget / 2)))
         return min(done, 1.0)
 
     def seconds_left(self):
@@ -610,6 +609,15 @@ def random_draws(run, count):
     return flip, t, noise.contiguous(memory_format=memory_format(run.device))
 
 
+def l1_error(run, model, numbers, t, noise, flip=None):
+    """Mean absolute error of the noise that `model` predicts in the images `numbers` (B,), noised with
+    `noise` (B, 3, S, S) at timesteps t (B,), mirrored where `flip` (B,) is True: summed over images, ()."""
+    x_t, _ = forward_diffusion(run.faces.batch(numbers, flip), t, run.model.alphas_cumprod, noise)
+    with autocast(run.device, run.precision):
+        predicted = model(x_t, t)
+    return F.l1_loss(predicted.float(), noise, reduction="sum") / noise[0].numel()
+
+
 def accumulate_gradients(run, numbers):
     """Noise the images `numbers` (B,), predict the noise, L1 loss, backward, in micro-batches. Returns the
     loss, ().
@@ -623,11 +631,8 @@ def accumulate_gradients(run, numbers):
     mine = slice(begin, max(end, begin + 1))
     share = [values[mine].split(run.micro_batch) for values in (numbers, *random_draws(run, len(numbers)))]
     loss = torch.zeros((), device=run.device)
-    for some, flip, t, noise in zip(*share):
-        x_t, _ = forward_diffusion(run.faces.batch(some, flip), t, run.model.alphas_cumprod, noise)
-        with autocast(run.device, run.precision):
-            predicted = run.model(x_t, t)
-        part = F.l1_loss(predicted.float(), noise, reduction="sum") / (batch * noise[0].numel())
+    for chunk, flip, t, noise in zip(*share):
+        part = l1_error(run, run.model, chunk, t, noise, flip) / batch
         run.scaler.scale(part).backward()
         loss += part.detach()
     return loss
@@ -695,12 +700,8 @@ def compared_loss(run, numbers):
     loss = 0.0
     for places in torch.arange(len(numbers)).split(run.micro_batch):
         streams = [generator("compared", place, device=run.device) for place in places.tolist()]
-        t = timesteps[places]
         noise = randn(streams, run.args.image_size)
-        x_t, _ = forward_diffusion(run.faces.batch(numbers[places]), t, run.model.alphas_cumprod, noise)
-        with autocast(run.device, run.precision):
-            predicted = run.ema(x_t, t)
-        loss += F.l1_loss(predicted.float(), noise).item() * len(places) / len(numbers)
+        loss += l1_error(run, run.ema, numbers[places], timesteps[places], noise).item() / len(numbers)
     return loss
 
 
@@ -722,8 +723,9 @@ def look(run, bar):
     total, count = run.losses.tolist()
     run.losses.zero_()
     bar.status = f"loss {total / max(count, 1):.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
-    warn_if_not_written(write_page, run.args.results, run, "training")
-    run.next_look = time.monotonic() + LOOK_SECONDS
+    if time.monotonic() >= run.next_look:  # not after every epoch, which may be one step
+        warn_if_not_written(write_page, run.args.results, run, "training")
+        run.next_look = time.monotonic() + LOOK_SECONDS
 
 
 def end_epoch(run, at_end, stop):
@@ -733,7 +735,7 @@ def end_epoch(run, at_end, stop):
     history = progress.history
     begun = time.monotonic()
     if progress.images_in_epoch:
-        losses = [compared_loss(run, run.compared[name]) for name in ("train", "heldout")]
+        losses = [compared_loss(run, numbers) for numbers in run.compared]
         rate = run.optimizers["adam"].param_groups[0]["lr"]
         history.append([progress.epoch + 1, progress.step, progress.images_seen, *losses, None, rate,
                         run.speed, run.seconds()])
@@ -744,14 +746,15 @@ def end_epoch(run, at_end, stop):
         run.next_drawing = time.monotonic() + progress.seconds_of_drawing / DRAWING_SHARE
     if history and (at_end or begun >= run.next_line):
         run.next_line = begun + LINE_SECONDS
-        epoch, step, _, trained, heldout, distance, _, speed, _ = history[-1]
-        far = "" if distance is None else f", sample distance {distance:.2f}"
+        row = dict(zip(COLUMNS, history[-1]))
+        far = "" if row["sample_distance"] is None else f", sample distance {row['sample_distance']:.2f}"
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if run.device.type == "cuda" else ""
-        say(f"epoch {epoch}: step {step:,}, loss {trained:.4f}, held out {heldout:.4f}{far}, {speed:.0f} "
-            f"images/s, {run.seconds_left() / 60:.1f} minutes left{memory}")
+        say(f"epoch {row['epoch']}: step {row['step']:,}, loss {row['train_loss']:.4f}, held out "
+            f"{row['heldout_loss']:.4f}{far}, {row['images_per_second']:.0f} images/s, "
+            f"{run.seconds_left() / 60:.1f} minutes left{memory}")
         with replacing(args.results / "metrics.csv") as file:  # always whole: no row is cut off or doubled
-            for row in (COLUMNS, *history):
-                file.write(f"{','.join('' if value is None else str(value) for value in row)}\r\n".encode())
+            file.writelines(f"{','.join('' if value is None else str(value) for value in row)}\r\n".encode()
+                            for row in (COLUMNS, *history))
 
 
 def train(run, stop):
@@ -842,26 +845,27 @@ def list_files(root, leave_out=()):
     return dict(sorted(files.items(), key=lambda file: file[1]))
 
 
-def open_cache(path, kind):
-    """(memory-mapped records, {key: number of its record}) of the whole records of type `kind` at `path`."""
-    count = path.stat().st_size // kind.itemsize if path.is_file() else 0
-    records = np.memmap(path, kind, "c", shape=(count,)) if count else np.zeros(0, kind)
+def open_cache(path, record_type):
+    """(memory-mapped records, {key: number of its record}) of the whole records, a numpy type, at `path`."""
+    count = path.stat().st_size // record_type.itemsize if path.is_file() else 0
+    records = np.memmap(path, record_type, "c", shape=(count,)) if count else np.zeros(0, record_type)
     return records, {key: number for number, key in enumerate(records["file"].tolist())}
 
 
-def fill_cache(path, kind, root, files):
+def fill_cache(path, record_type, root, files):
     """Append the records of `files`, {key: name}, to the cache. Returns {key: reason} of those that cannot be
     read; every start tries them again. The next start resumes where this one is interrupted."""
     reasons = {}
-    size = kind["pixels"].shape[0]
+    size = record_type["pixels"].shape[0]
     bar = Bar(f"reading images at {size} px", len(files))
     pool = ThreadPoolExecutor(os.cpu_count())
     with open(path, "r+b" if path.exists() else "xb") as out, pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
-        out.seek(out.seek(0, os.SEEK_END) // kind.itemsize * kind.itemsize)  # over a record that was cut off
-        for some in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill memory
-            paths = [os.path.join(root, files[key]) for key in some.tolist()]
-            for key, pixels in zip(some.tolist(), pool.map(decode, paths, [size] * len(paths))):
+        whole = out.seek(0, os.SEEK_END) // record_type.itemsize
+        out.seek(whole * record_type.itemsize)  # over a record that was cut off
+        for chunk in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill memory
+            paths = [os.path.join(root, files[key]) for key in chunk.tolist()]
+            for key, pixels in zip(chunk.tolist(), pool.map(decode, paths, [size] * len(paths))):
                 if isinstance(pixels, str):
                     reasons[key] = pixels
                 else:
@@ -888,35 +892,38 @@ def load_images(args, device):
     path = pathlib.Path(root if can_be_written(root) else args.results,
                         f".faces_{args.image_size}px.cache")
     shape = (args.image_size, args.image_size, 3)
-    kind = np.dtype([("file", "S64"), ("pixels", np.uint8, shape)])  # a record of the cache
-    while not (reserved := lock(path)):
+    record_type = np.dtype([("file", "S64"), ("pixels", np.uint8, shape)])  # a record of the cache
+    reserved = lock(path)
+    if not reserved:
         say(f"another start is reading images into {path}: waiting")
-        time.sleep(5)
+    while not reserved:
+        time.sleep(0.5)
+        reserved = lock(path)
     with reserved:
-        records, numbers = open_cache(path, kind)
-        if path.is_symlink() or len(records) > 2 * len(numbers.keys() & files.keys()):  # most files gone
+        records, record_of = open_cache(path, record_type)
+        if path.is_symlink() or len(records) > 2 * len(record_of.keys() & files.keys()):  # most files gone
             del records
-            numbers = {}
             with contextlib.suppress(OSError):  # on Windows it stays while another run uses it
                 path.unlink()
-        new = {key: name for key, name in files.items() if key not in numbers}
-        reasons = fill_cache(path, kind, root, new) if new else {}
-    records, numbers = open_cache(path, kind)
-    used = [key for key in files if key in numbers]
+                record_of = {}
+        new = {key: name for key, name in files.items() if key not in record_of}
+        reasons = fill_cache(path, record_type, root, new) if new else {}
+    records, record_of = open_cache(path, record_type)
+    used = [key for key in files if key in record_of]
     skipped = {files[key]: reason for key, reason in reasons.items()
                if files[key].lower().endswith(SUFFIXES)}
     if len(used) < 2:
         raise UserError(f"{root} holds fewer than two usable images, and {len(skipped)} that cannot be used: "
                         "run download_images.py to fetch faces, or name a folder with --dataroot (--demo "
                         "needs none; images beside the checkpoint or in --results do not count)")
-    faces = Faces(records["pixels"], [numbers[key] for key in used], device)
+    faces = Faces(records["pixels"], [record_of[key] for key in used], device)
     return [files[key] for key in used], faces, skipped
 
 
 def split(names):
-    """Numbers of the training images, and of the held-out and the training images whose losses are compared,
+    """Numbers of the training images, and of the training and the held-out images whose losses are compared,
     at most COMPARED_MOST each. The hash of an image's path below the data root decides: an image stays on its
-    side as the folder grows, and those with the smallest hashes are compared, so most of them stay too."""
+    side as the folder grows, and as those with the smallest hashes are compared, they change by degrees."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little")
                        for name in names])
     order = hashes.argsort()
@@ -924,7 +931,7 @@ def split(names):
     if heldout.all() or not heldout.any():  # neither side is ever empty
         heldout[order[0]] = True
         heldout[order[-1]] = False
-    sides = [order[heldout[order]], order[~heldout[order]]]
+    sides = [order[~heldout[order]], order[heldout[order]]]
     compared = [side[:min(COMPARED_MOST, *map(len, sides))] for side in sides]
     return [torch.from_numpy(numbers) for numbers in (np.flatnonzero(~heldout), *compared)]
 
@@ -939,7 +946,7 @@ class Faces:
         self.rows = torch.tensor(rows)
         if (device.type == "cuda"
                 and len(rows) * self.pixels[0].numel() < torch.cuda.mem_get_info(device)[0] / 4):
-            self.pixels = torch.cat([self.pixels[some].to(device) for some in self.rows.split(1000)])
+            self.pixels = torch.cat([self.pixels[chunk].to(device) for chunk in self.rows.split(1000)])
             self.rows = torch.arange(len(self.rows), device=device)
 
     def batch(self, numbers, flip=None):
@@ -979,55 +986,46 @@ def draw(model, count, noise=None, at_once=64, first=0, **settings):
     """sample() of `count` images, at most `at_once` at a time, fewer where memory is too small."""
     images = []
     while len(images) < count:
-        some = min(at_once, count - len(images))
-        start = None if noise is None else noise[len(images):len(images) + some]
+        size = min(at_once, count - len(images))
+        start = None if noise is None else noise[len(images):len(images) + size]
         try:
-            images.extend(sample(model, some, first=first + len(images), noise=start, **settings))
+            images.extend(sample(model, size, first=first + len(images), noise=start, **settings))
         except RuntimeError as error:
-            at_once = halve_or_raise(some, error)
+            at_once = halve_or_raise(size, error)
     return torch.stack(images)
 
 
 def draw_pictures(run, stop):
     """Grid, denoising strip, loss curve and animation of this moment of the run, and the sample distance of
     its epoch; only the curve if `stop` is set before the images are finished."""
-    args = run.args
     history = run.progress.history
-    folder = args.results
-    stages = []
-
-    def on_step(x_t, x_0):
-        stages.append((x_t[:4].cpu(), x_0[:4].cpu()))
-        return stop.is_set()
-
-    images = draw(run.ema, 64, steps=args.sample_steps, seed=args.seed, precision=run.precision,
-                  on_step=on_step)
+    folder = run.args.results
+    settings = {"steps": run.args.sample_steps, "seed": run.args.seed, "precision": run.precision}
+    images = draw(run.ema, 64, on_step=lambda *_: stop.is_set(), **settings)
     save_curve(history, folder / "loss.png")
     if stop.is_set():
         return
     save_grid(images, folder / GRID.format(*history[-1]))
-    stages = stages[:len(sampling_schedule(args.timesteps, args.sample_steps)[0])]  # of draw()'s first images
-    shown = images[:len(stages[0][0])]
-    save_denoising([*stages, (shown, shown)], folder / "denoising.png")
+    save_denoising(run.ema, folder / "denoising.png", **settings)
     if not run.real:
         run.real = RealFaces(run.faces, run.train_numbers)
     history[-1][DISTANCE] = run.real.sample_distance(images)
     paths = [folder / name for *_, name in grids(folder, history)]
-    chosen = np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int))
     pictures = []
-    for number in chosen:
+    for number in np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int)):
         with contextlib.suppress(OSError):  # a grid that a power cut has cut off
             pictures.append(Image.open(paths[number]).convert("RGB"))
     save_animation(pictures, folder / "progress.webp", last=2500)
 
 
-def save_denoising(stages, path, columns=10):
-    """How samples come out of noise: for each one a row of x_t and below it the estimates of x_0 at the same
-    moments, chosen such that the pictures change equally from column to column. `stages` are pairs (x_t,
-    x_0), each (N, 3, S, S), noisiest first."""
-    pictures = torch.stack([torch.stack(pair, dim=1) for pair in stages])  # (moments, N, 2, 3, S, S)
+def save_denoising(model, path, columns=10, **settings):
+    """How the first four samples come out of noise: for each one a row of x_t and below it the estimates of
+    x_0 at the same moments, chosen such that the pictures change equally from column to column."""
+    stages = []
+    images = sample(model, 4, on_step=lambda x_t, x_0: stages.append((x_t.cpu(), x_0.cpu())), **settings)
+    pictures = torch.stack([torch.stack(pair, dim=1) for pair in (*stages, (images, images))])
     change = F.pad(pictures.diff(dim=0).abs().flatten(1).mean(dim=1).cumsum(0), (1, 0))
-    chosen = torch.searchsorted(change, torch.linspace(0, 1, columns) * change[-1]).clamp(max=len(stages) - 1)
+    chosen = torch.searchsorted(change, torch.linspace(0, 1, columns) * change[-1]).clamp(max=len(stages))
     save_grid(pictures[chosen].permute(1, 2, 0, 3, 4, 5).flatten(0, 2), path, columns)
 
 
@@ -1050,33 +1048,31 @@ def save_animation(pictures, path, last=150, side=1100):
 
 def draw_morph(model, path, seed, frames=8, **settings):
     """The first eight samples turning into one another in a loop: images drawn from noise between theirs, by
-    spherical interpolation, `frames` from each sample to the next."""
+    spherical interpolation, `frames` from each sample to the next. Two noises of so many dimensions are
+    orthogonal, so the angle between them is pi / 2."""
     device = next(model.parameters()).device
     starts = randn([generator("sample", seed, number, device=device) for number in range(8)],
                    model.image_size)
-    between_them = []
-    for start, end in zip(starts, starts.roll(-1, 0)):
-        angle = torch.acos(F.cosine_similarity(start.flatten(), end.flatten(), dim=0))
-        between_them += [(torch.sin((1 - part) * angle) * start + torch.sin(part * angle) * end)
-                         / torch.sin(angle) for part in np.arange(frames) / frames]
-    images = draw(model, len(between_them), torch.stack(between_them), **settings)
+    angles = [math.pi / 2 * frame / frames for frame in range(frames)]
+    noise = [math.cos(angle) * start + math.sin(angle) * end
+             for start, end in zip(starts, starts.roll(-1, 0)) for angle in angles]
+    images = draw(model, len(noise), torch.stack(noise), **settings)
     save_animation([to_image(image) for image in images], path)
 
 
 class RealFaces:
-    """What sample_distance compares with: mean and covariance of real images, seen as reduce() sees them."""
+    """What sample_distance compares with: `seen`, at most DISTANCE_MOST of the real images `numbers` of
+    `faces`, and `usual`, the distance of 64 of them from the others."""
 
     def __init__(self, faces, numbers):
-        """Of at most DISTANCE_MOST of the images `numbers`, and of their mirror images."""
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), DISTANCE_MOST)).astype(int)]
-        seen = torch.cat([self.reduce(faces.batch(some)) for some in chosen.split(256)], dim=1)
+        self.seen = torch.cat([self.reduce(faces.batch(chunk)) for chunk in chosen.split(256)], dim=1)
         count = max(1, min(64, len(chosen) // 2))
         usual = []
         for repeat in range(8):
             order = torch.randperm(len(chosen), generator=generator("usual", repeat))
-            self.measure(seen[:, order[count % len(order):]])
-            usual.append(self.frechet_distance(seen[:, order[:count]]))
-        self.measure(seen)
+            others = self.seen[:, order[count % len(order):]]
+            usual.append(frechet_distance(self.seen[:, order[:count]], others))
         self.usual = torch.stack(usual).mean(0).clamp(min=1e-9)
 
     @staticmethod
@@ -1088,38 +1084,36 @@ class RealFaces:
         cells = [F.interpolate(part, (side, side), mode="area") for part in (images, (images - coarse).abs())]
         return torch.stack(cells).double()
 
-    def measure(self, seen):
-        values = torch.cat((seen, seen.flip(4)), dim=1).flatten(2)
-        self.mean = values.mean(1)
-        self.covariance = torch.stack([cells.T.cov() for cells in values])
-
-    def frechet_distance(self, seen):
-        """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)), (2,), where m and C are mean and covariance of what
-        reduce() gives for samples, m_r and C_r those of the real images (Dowson & Landau 1982). The
-        eigenvalues of C C_r are taken from an N x N matrix, which has the same ones except zeros."""
-        values = seen.flatten(2)
-        centred = (values - values.mean(1, keepdim=True)) / math.sqrt(max(1, values.shape[1] - 1))
-        root = torch.linalg.eigvalsh(centred @ self.covariance @ centred.mT).clamp(min=0).sqrt().sum(1)
-        trace = self.covariance.diagonal(dim1=1, dim2=2).sum(1)
-        return (values.mean(1) - self.mean).square().sum(1) + centred.square().sum((1, 2)) + trace - 2 * root
-
     def sample_distance(self, images):
         """The Fréchet distance of images (N, 3, S, S) in [-1, 1], 64 at a time, to the real ones, divided by
         its usual value for 64 real images against the others: 1 means as far as real faces are. Heusel et al.
         2017 (arXiv:1706.08500) take it of a network's features; this is the mean of two distances that need
         no network, one of colours and one of fine detail in 16 x 16 cells. It sees pose, colours, outlines,
         grain, blur and how much faces vary, but not whether details are right, nor copies of real images."""
-        sets = [some for some in images.split(64) if len(some) == 64 or len(images) < 64]
-        distance = torch.stack([self.frechet_distance(self.reduce(some)) for some in sets]).mean(0)
+        sets = [chunk for chunk in images.split(64) if len(chunk) == 64 or len(images) < 64]
+        distance = torch.stack([frechet_distance(self.reduce(chunk), self.seen) for chunk in sets]).mean(0)
         return (distance / self.usual).mean().item()
+
+
+def frechet_distance(seen, real):
+    """|m - m_r|^2 + tr(C + C_r - 2 (C C_r)^(1/2)), (2,), of `seen` (2, N, 3, side, side) and `real` with its
+    mirror images, where m and C are mean and covariance (Dowson & Landau 1982). The eigenvalues of C C_r are
+    taken from an N x N matrix, which has the same ones except zeros."""
+    real = torch.cat((real, real.flip(4)), dim=1).flatten(2)
+    seen = seen.flatten(2)
+    covariance = torch.stack([cells.T.cov(correction=0) for cells in real])
+    centred = (seen - seen.mean(1, keepdim=True)) / math.sqrt(seen.shape[1])
+    root = torch.linalg.eigvalsh(centred @ covariance @ centred.mT).clamp(min=0).sqrt().sum(1)
+    variance = seen.var(1, correction=0) + real.var(1, correction=0)
+    return ((seen.mean(1) - real.mean(1)).square() + variance).sum(1) - 2 * root
 
 
 def distances(images, faces):
     """Euclidean distances (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, whichever
     is closer, and the M images of `faces`."""
     both = torch.stack((images, images.flip(3))).flatten(2)
-    others = (faces.batch(some).flatten(1) for some in torch.arange(len(faces.rows)).split(1000))
-    return torch.cat([torch.cdist(both, some).amin(0) for some in others], dim=1)
+    others = (faces.batch(chunk).flatten(1) for chunk in torch.arange(len(faces.rows)).split(1000))
+    return torch.cat([torch.cdist(both, chunk).amin(0) for chunk in others], dim=1)
 
 
 def save_nearest(images, faces, path):
@@ -1135,11 +1129,11 @@ def save_nearest(images, faces, path):
     pairs = torch.stack((images, faces.batch(closest)), dim=1)
     lines = math.ceil(len(images) / 4)
     figure = Figure(figsize=(8, 1.2 * lines), layout="constrained")
-    for number, pair in enumerate(pairs):
-        axes = figure.add_subplot(lines, 4, number + 1)
-        axes.axis("off")
+    places = figure.subplots(lines, 4, squeeze=False,
+                             subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
+    for axes, pair, ratio in zip(places.flat, pairs, ratios):
         axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
-        axes.set_title(f"{ratios[number]:.2f}", y=-0.25, fontsize=9)
+        axes.set_title(f"{ratio:.2f}", y=-0.25, fontsize=9)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return ratios
@@ -1193,10 +1187,11 @@ def write_page(folder, run=None, status=None):
 
 VERSION = 4  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
-LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; giving one replaces all three of the saved
+LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; one on the command line replaces all saved
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
 MOST_VALUES = 50_000_000  # bytes of a checkpoint that are not weights; about 500,000 rows of metrics
-RETRY_SECONDS = 30
+RETRY_SECONDS = 30  # after a checkpoint along the way that could not be saved
+LAST_TRIES = (0, 5, 10)  # seconds before each try to save the last one
 
 
 def previous_path(path):
@@ -1226,9 +1221,11 @@ def save(run, last=False, finished=False):
     path = run.args.checkpoint
     if PROCESSES > 1:
         keep_weights_equal(run)
-    for attempt in range(3 if last else 1) if RANK == 0 else ():
+    if RANK > 0:
+        return
+    for seconds in LAST_TRIES if last else (0,):
+        time.sleep(seconds)
         begun = time.monotonic()
-        time.sleep(attempt * RETRY_SECONDS / 6)
         try:
             save_checkpoint(path, run.state(finished))
             run.progress.seconds_of_saving = time.monotonic() - begun
@@ -1239,7 +1236,7 @@ def save(run, last=False, finished=False):
             problem = f"{path} could not be saved ({first_line(error)}), {before}"
             say(f"warning: {problem}. Is the disk full?")
             run.save_due = begun + min(60 * run.args.save_minutes, RETRY_SECONDS)
-    if last and RANK == 0:
+    if last:
         raise UserError(f"{problem}: make room on the disk, then the same command resumes the run")
 
 
@@ -1252,12 +1249,13 @@ def check_values(saved):
             raise ValueError(f"{name} is missing or not as it should be")
     if not all(isinstance(row, list) and len(row) == len(COLUMNS) for row in saved["history"]):
         raise ValueError("its history has other columns")
-    command = []
-    for name in STORED:
-        value = saved["config"][name]
-        if value is not None:
-            command += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+    config = saved["config"]
+    given = [name for name in STORED if name != "channels" and config[name] is not None]
+    command = [*(f"{flag_of(name)}={config[name]}" for name in given),
+               "--channels", *(f"{width:d}" for width in config["channels"])]
     parsed = build_parser(exit_on_error=False).parse_args(command)
+    if any(vars(parsed)[name] != config[name] for name in STORED):
+        raise ValueError("its settings are not of the kinds that they should be")
     with torch.device("meta"):  # needs no memory
         weights = SimpleUnet(parsed.channels, parsed.image_size, parsed.timesteps).state_dict()
     for name in ("model", "ema"):
@@ -1349,17 +1347,16 @@ def choose_device(name):
     """The torch.device for --device; UserError where it is missing, or where there are too few GPUs."""
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
                "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # its tensors cannot be exchanged
-    name = name or next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
+    name = name or next(choice for choice in ("cuda", "mps", "cpu") if present[choice])
     if not present[name]:
         raise UserError(f"PyTorch finds no {name} device here for {PROCESSES} process"
                         f"{'es' * (PROCESSES > 1)}: leave out --device to use another")
     if name != "cuda":
         return torch.device(name)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_rank >= torch.cuda.device_count():
         raise UserError("there are more processes than CUDA GPUs: start torchrun with "
-                        f"--nproc_per_node={count}")
+                        f"--nproc_per_node={torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -1407,6 +1404,10 @@ def rank_0_first():
 def printable(text):
     """`text` in one line of at most 1,000 characters, with escapes in place of control characters."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))[:1000]
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def first_line(error):
@@ -1492,15 +1493,13 @@ def read_settings(argv, saved=None):
     if given.demo and (given.dataroot or given.checkpoint):
         parser.error("--demo draws its own faces, keeps all in results/demo: leave out --dataroot and "
                      "--checkpoint")
-    defaults = DEMO_DEFAULTS if given.demo else {"epochs": 100}
-    if saved:
-        defaults = defaults | {name: saved["config"][name] for name in STORED}
-    if any(vars(given)[name] for name in LIMITS):
-        defaults = defaults | dict.fromkeys(LIMITS)
+    stored = {name: saved["config"][name] for name in STORED} if saved else {}
+    limits = dict.fromkeys(LIMITS) if any(vars(given)[name] for name in LIMITS) else {}
+    defaults = (DEMO_DEFAULTS if given.demo else {"epochs": 100}) | stored | limits
     args = parser.parse_args(argv, argparse.Namespace(**defaults))
     args.results = pathlib.Path(args.results or HERE / "results", "demo" if args.demo else "")
-    faces = args.results / f"faces_{args.image_size}px" if args.demo else HERE / "fake_face"
-    args.dataroot = pathlib.Path(args.dataroot or faces)
+    default_root = args.results / f"faces_{args.image_size}px" if args.demo else HERE / "fake_face"
+    args.dataroot = pathlib.Path(args.dataroot or default_root)
     args.checkpoint = pathlib.Path(args.checkpoint
                                    or (args.results if args.demo else HERE) / "model_checkpoint.pth")
     args.start_over = f"start over with {'--results NEW_FOLDER' if args.demo else '--checkpoint NEW.pth'}"
@@ -1521,26 +1520,24 @@ def announce(run, saved):
     listing = args.results / "skipped_images.txt"
     ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}"
                        for name in LIMITS if vars(args)[name])
-    held_out = len(run.faces.rows) - len(run.train_numbers)
-    about = {"images": f"{len(run.faces.rows):,} below {args.dataroot}, {held_out:,} of them held out"}
-    if run.skipped:
-        name, reason = min(run.skipped.items())
-        about["skipped"] = (f"{len(run.skipped):,} files, such as {printable(name)} ({reason}); all are in "
-                            f"{listing}")
-    about |= {"network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M "
-                         "parameters",
-              "device": f"{run.device.type}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}",
-              "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
-              "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
-              "pictures": str(args.results / "index.html")}
-    if shutil.which("nvidia-smi") and not torch.version.cuda:
-        about["device"] += ("; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs "
-                            "one that can")
-    if saved:
-        about["resumed"] = f"{saved['file']}, epoch {saved['epoch'] + 1}, after step {saved['step']:,}"
-    for label, text in about.items():
+    unused_gpu = shutil.which("nvidia-smi") and not torch.version.cuda
+    advice = "; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs one that can"
+    about = {
+        "images": f"{len(run.faces.rows):,} below {args.dataroot}, "
+                  f"{len(run.faces.rows) - len(run.train_numbers):,} of them held out",
+        "skipped": run.skipped and f"{len(run.skipped):,} files, such as "
+                                   f"{': '.join(min(run.skipped.items()))}; all are in {listing}",
+        "network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters",
+        "device": f"{run.device.type}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}"
+                  f"{advice if unused_gpu else ''}",
+        "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
+        "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
+        "pictures": str(args.results / "index.html"),
+        "resumed": saved and f"{saved['file']}, epoch {saved['epoch'] + 1}, after step {saved['step']:,}",
+    }
+    run.about = [(label, text) for label, text in about.items() if text]
+    for label, text in run.about:
         say(f"{label:12}{text}")
-    run.about = list(about.items())
     if RANK == 0:
         lines = (f"{printable(name)}: {reason}\n" for name, reason in sorted(run.skipped.items()))
         listing.write_text("".join(lines), encoding="utf-8")
@@ -1609,7 +1606,7 @@ def run_command(argv):
     device = choose_device(args.device)
     args.channels = args.channels or default_channels(device, args.image_size)
     args.batch_size = args.batch_size or default_batch_size(device, args.image_size)
-    if args.channels and args.image_size % 2 ** (len(args.channels) - 1):
+    if args.image_size % 2 ** (len(args.channels) - 1):
         raise UserError(f"--image-size {args.image_size} cannot be halved {len(args.channels) - 1} times, as "
                         "--channels requires: give fewer channels or another size")
     if args.sample:
@@ -1650,9 +1647,16 @@ def handle_signals(handler):
 
 
 def stop_on_signal():
-    """A threading.Event that the first signal sets; the second one ends the program at once."""
+    """A threading.Event that the first signal sets. A second Ctrl-C ends the program at once, but not one of
+    several processes: to those torchrun sends every Ctrl-C a second time."""
     stop = threading.Event()
-    handle_signals(lambda *_: os._exit(130) if stop.is_set() else stop.set())
+
+    def on_signal(number, _):
+        if stop.is_set() and number == signal.SIGINT and PROCESSES == 1:
+            os._exit(130)
+        stop.set()
+
+    handle_signals(on_signal)
     return stop
 
 

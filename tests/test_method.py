@@ -126,6 +126,12 @@ def test_every_skip_connection_is_used():
         with_cut.remove()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_network_fits_every_size(device):
+    for size in range(16, 257, 16):
+        assert size % 2 ** (len(scriptc.default_channels(torch.device(device), size)) - 1) == 0
+
+
 def test_every_block_is_told_the_time():
     model = random_network().requires_grad_(True)
     model(torch.randn(2, 3, 32, 32), torch.tensor([10, 700])).square().mean().backward()
@@ -271,11 +277,11 @@ def test_the_sample_distance_is_1_for_new_images_of_the_same_kind_and_more_for_o
 
 
 def test_the_frechet_distance_is_that_of_the_covariances():
-    _, faces = pictures(400, 0)
-    real = scriptc.RealFaces(faces, torch.arange(400))
-    seen = real.reduce(pictures(64, 1)[0])
+    real = scriptc.RealFaces(pictures(400, 0)[1], torch.arange(400)).seen
+    seen = scriptc.RealFaces.reduce(pictures(64, 1)[0])
     expected = []
-    for cells, mean, covariance in zip(seen.flatten(2), real.mean, real.covariance):
-        root = torch.linalg.eigvals(cells.T.cov() @ covariance).real.clamp(min=0).sqrt().sum()
-        expected.append((cells.mean(0) - mean).square().sum() + cells.T.cov().trace() + covariance.trace() - 2 * root)
-    assert real.frechet_distance(seen).tolist() == pytest.approx([value.item() for value in expected], rel=1e-3)
+    for cells, others in zip(seen.flatten(2), torch.cat((real, real.flip(4)), dim=1).flatten(2)):
+        one, two = cells.T.cov(correction=0), others.T.cov(correction=0)
+        root = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
+        expected.append((cells.mean(0) - others.mean(0)).square().sum() + one.trace() + two.trace() - 2 * root)
+    assert scriptc.frechet_distance(seen, real).tolist() == pytest.approx([value.item() for value in expected], rel=1e-3)

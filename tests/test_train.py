@@ -276,6 +276,7 @@ def test_a_disk_that_is_full_for_a_while_causes_only_a_warning(folder, monkeypat
 
     monkeypatch.setattr(scriptc, "save_checkpoint", save)
     monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(scriptc, "LAST_TRIES", (0, 0))
     assert here(folder, *SMALL, "--epochs", 30, "--save-minutes", 0.001) == 0
     assert capsys.readouterr().out.count("could not be saved ([Errno 28] No space left") == 3
     assert checkpoint(folder)["epoch"] == 30
@@ -285,7 +286,7 @@ def test_a_checkpoint_that_cannot_be_saved_at_the_end_keeps_the_one_before(train
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
     monkeypatch.setattr(scriptc, "save_checkpoint", no_save)
-    monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(scriptc, "LAST_TRIES", (0, 0))
     assert here(tmp_path, "--epochs", 3, "--sample-steps", 3) == 1
     assert "make room" in capsys.readouterr().err and checkpoint(tmp_path)["epoch"] == 2
 
@@ -509,7 +510,10 @@ PLANTED = {
     "too many timesteps": lambda state: state["config"].update(timesteps=10**9),
     "channels of other weights": lambda state: state["config"].update(channels=[4096] * 4),
     "a setting of another kind": lambda state: state["config"].update(lr="fast"),
-    "a flag as a setting": lambda state: state["config"].update(lr="--demo"),
+    "a flag as a setting": lambda state: state["config"].update(lr="--help"),
+    "a flag as a channel": lambda state: state["config"].update(channels=["--help"]),
+    "a number as text": lambda state: state["config"].update(lr="0.008"),
+    "two numbers for one": lambda state: state["config"].update(epochs=[1, 2]),
     "no setting": lambda state: state["config"].pop("seed"),
     "an epoch that is a word": lambda state: state.update(epoch="two"),
     "rows of another length": lambda state: state.update(history=[[1, 2]]),
@@ -541,7 +545,7 @@ def test_nothing_is_called_good_that_was_never_saved(folder, tmp_path, monkeypat
     with pytest.raises(scriptc.UserError, match="run the command again with a lower --lr"):
         scriptc.save_checkpoint(tmp_path / "none.pth", state)
     monkeypatch.setattr(scriptc, "save_checkpoint", no_save)
-    monkeypatch.setattr(scriptc, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(scriptc, "LAST_TRIES", (0, 0))
     assert here(folder, *SMALL, "--max-steps", 1) == 1
     assert "there is none yet" in capsys.readouterr().err
 
@@ -1104,8 +1108,8 @@ def held_out(names):
 
 def compared(names):
     """Names of the held-out and of the training images whose losses are compared."""
-    _, *sides = scriptc.split(names)
-    return [{names[number] for number in side.tolist()} for side in sides]
+    _, trained, heldout = scriptc.split(names)
+    return [{names[number] for number in side.tolist()} for side in (heldout, trained)]
 
 
 NUMBERED = [f"{number:04d}.jpg" for number in range(1000)]
