@@ -1666,14 +1666,12 @@ def main(argv=None):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
     handle_signals(signal.default_int_handler)
     status = 1
+    message = ""
     try:
         if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's ends this process while it waits
             join_processes()
         status = run_command(argv)
-        if PROCESSES > 1:
-            dist.destroy_process_group()
-        return status
     except UserError as error:
         message = str(error)  # not the exception, which would keep the lock open
     except KeyboardInterrupt:
@@ -1689,9 +1687,10 @@ def main(argv=None):
                    "command resumes the checkpoint, automatically with torchrun --max-restarts=3")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(f"scriptc.py: {printable(message)}", file=sys.stderr)
-    if PROCESSES > 1:  # without leaving the group, which would wait for the others, which wait for this one
-        os._exit(status)
+    if message:
+        print(f"scriptc.py: {printable(message)}", file=sys.stderr)
+    if PROCESSES > 1:  # without leaving the group, which can wait for ever: for processes that have failed, or
+        os._exit(status)  # in PyTorch 2.6 for a thread of its own, which waits for this one
     return status
 
 
