@@ -1689,8 +1689,8 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if message:
         print(f"scriptc.py: {printable(message)}", file=sys.stderr)
-    if PROCESSES > 1:  # without leaving the group, which can wait for ever: for processes that have failed, or
-        os._exit(status)  # in PyTorch 2.6 for a thread of its own, which waits for this one
+    if PROCESSES > 1:  # without leaving the group, which can wait for ever: for processes that have failed,
+        os._exit(status)  # or, in PyTorch 2.6, for a thread that waits for this one
     return status
 
 
