@@ -1647,16 +1647,10 @@ def handle_signals(handler):
 
 
 def stop_on_signal():
-    """A threading.Event that the first signal sets. A second Ctrl-C ends the program at once, but not one of
-    several processes: to those torchrun sends every Ctrl-C a second time."""
+    """A threading.Event that the first signal sets. A second Ctrl-C ends the program at once."""
     stop = threading.Event()
-
-    def on_signal(number, _):
-        if stop.is_set() and number == signal.SIGINT and PROCESSES == 1:
-            os._exit(130)
-        stop.set()
-
-    handle_signals(on_signal)
+    handle_signals(lambda number, _: os._exit(130) if number == signal.SIGINT and stop.is_set()
+                   else stop.set())
     return stop
 
 

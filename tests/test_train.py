@@ -782,6 +782,20 @@ def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
 
 
 @several_processes
+def test_ctrl_c_ends_several_processes_with_a_checkpoint(folder):
+    flags = [*SMALL, "--epochs", 10**6, "--save-minutes", 100]
+    group = subprocess.Popen([*TWO_PROCESSES, *command(folder, *flags)[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(table(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(group.pid, signal.SIGINT)  # as a terminal does
+    output, error = group.communicate(timeout=120)
+    stopped = re.search(r"Stopped after (\d+) steps, checkpoint saved", output)
+    assert stopped and checkpoint(folder)["step"] == int(stopped[1]) > 1, error
+
+
+@several_processes
 def test_processes_that_do_not_see_the_same_checkpoint_end_with_a_clear_message(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     shutil.copy(tmp_path / "checkpoint.pth", tmp_path / "0.pth")
