@@ -67,7 +67,7 @@ DEMO_DEFAULTS = {"image_size": 32, "minutes": 5}
 
 
 def between(kind, least, most, step=None):
-    """An argparse type: an int or a float (`kind`) from `least` to `most`, if given a multiple of `step`."""
+    """An argparse type: an int or a float (`kind`) from `least` to `most`; with `step`, a multiple of it."""
 
     def number(text):
         value = kind(text)  # argparse says what ValueError means
@@ -182,8 +182,8 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 
 def default_channels(device, image_size):
-    """Default width of the network at each resolution: on a CPU small enough to draw faces within minutes,
-    and with a bottleneck at 4 px for images of 64, 128 and 256 px, where a convolution sees all of them."""
+    """Default width of the network at each resolution. On a CPU it is small enough to draw faces within
+    minutes, and images of 64, 128 and 256 px shrink to 4 x 4 px, of which a convolution sees almost all."""
     if device.type == "cuda":
         return [64, 128, 256, 512]
     if image_size <= 32:
@@ -332,7 +332,7 @@ def sample(model, count=64, steps=20, sampler="dpm++", seed=0, first=0, noise=No
     eta, order = SAMPLERS[sampler]
     count = count if noise is None else len(noise)
     streams = [generator("sample", seed, first + number, device=device) for number in range(count)]
-    start = randn(streams, model.image_size)  # drawn in any case: no step draws the same numbers again
+    start = randn(streams, model.image_size)  # also if `noise` is given: later steps draw other numbers
     x = start if noise is None else noise.to(device)
     visited, alpha, sigma = sampling_schedule(model.timesteps, steps)
     x_0_before = h_before = None
@@ -481,8 +481,8 @@ NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
 
 
 class Run:
-    """One training run: settings, device, data, networks, and `progress`, which a checkpoint keeps. What else
-    changes (due times, counters, sizes) starts afresh with every start."""
+    """One training run: settings, device, data, networks, and `progress`, which a checkpoint keeps. All else
+    that changes (due times, counters, the size of micro-batches) begins at its first value in every start."""
 
     def __init__(self, args, device):
         """A run at its beginning, without images: settings, networks and optimizers. Needs no disk."""
@@ -533,7 +533,7 @@ class Run:
                             f"{self.args.start_over}") from None
 
     def open_images(self):
-        """Find the images, begin where `progress` says. UserError where processes see different ones."""
+        """Find the images, continue where `progress` says. UserError if processes find different ones."""
         args = self.args
         progress = self.progress
         with rank_0_first():
@@ -610,8 +610,9 @@ def random_draws(run, count):
 
 
 def l1_error(run, model, numbers, t, noise, flip=None):
-    """Mean absolute error of the noise that `model` predicts in the images `numbers` (B,), noised with
-    `noise` (B, 3, S, S) at timesteps t (B,), mirrored where `flip` (B,) is True: summed over images, ()."""
+    """L1 error of the noise that `model` predicts: the mean over an image's values, summed over the images
+    `numbers` (B,), (). They are mirrored where `flip` (B,) is True, then `noise` (B, 3, S, S) is added at
+    timesteps t (B,)."""
     x_t, _ = forward_diffusion(run.faces.batch(numbers, flip), t, run.model.alphas_cumprod, noise)
     with autocast(run.device, run.precision):
         predicted = model(x_t, t)
@@ -922,8 +923,9 @@ def load_images(args, device):
 
 def split(names):
     """Numbers of the training images, and of the training and the held-out images whose losses are compared,
-    at most COMPARED_MOST each. The hash of an image's path below the data root decides: an image stays on its
-    side as the folder grows, and as those with the smallest hashes are compared, they change by degrees."""
+    at most COMPARED_MOST each. The hash of an image's path below the data root decides on which side it is,
+    so it stays there as the folder grows. The images with the smallest hashes are compared, so most of them
+    stay the same when a few images are added."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little")
                        for name in names])
     order = hashes.argsort()
@@ -1062,7 +1064,7 @@ def draw_morph(model, path, seed, frames=8, **settings):
 
 class RealFaces:
     """What sample_distance compares with: `seen`, at most DISTANCE_MOST of the real images `numbers` of
-    `faces`, and `usual`, the distance of 64 of them from the others."""
+    `faces` as reduce() gives them, and `usual` (2,), the mean distance of 64 of them from the others."""
 
     def __init__(self, faces, numbers):
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), DISTANCE_MOST)).astype(int)]
@@ -1087,8 +1089,8 @@ class RealFaces:
     def sample_distance(self, images):
         """The Fréchet distance of images (N, 3, S, S) in [-1, 1], 64 at a time, to the real ones, divided by
         its usual value for 64 real images against the others: 1 means as far as real faces are. Heusel et al.
-        2017 (arXiv:1706.08500) take it of a network's features; this is the mean of two distances that need
-        no network, one of colours and one of fine detail in 16 x 16 cells. It sees pose, colours, outlines,
+        2017 (arXiv:1706.08500) compute it from a network's features; this is the mean of two distances, which
+        need no network: of colours and of fine detail in 16 x 16 cells. It sees pose, colours, outlines,
         grain, blur and how much faces vary, but not whether details are right, nor copies of real images."""
         sets = [chunk for chunk in images.split(64) if len(chunk) == 64 or len(images) < 64]
         distance = torch.stack([frechet_distance(self.reduce(chunk), self.seen) for chunk in sets]).mean(0)
@@ -1187,10 +1189,10 @@ def write_page(folder, run=None, status=None):
 
 VERSION = 4  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
-LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; one on the command line replaces all saved
+LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; to give one removes the saved ones
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
 MOST_VALUES = 50_000_000  # bytes of a checkpoint that are not weights; about 500,000 rows of metrics
-RETRY_SECONDS = 30  # after a checkpoint along the way that could not be saved
+RETRY_SECONDS = 30  # until the next try, if a checkpoint during the training could not be saved
 LAST_TRIES = (0, 5, 10)  # seconds before each try to save the last one
 
 
@@ -1255,7 +1257,7 @@ def check_values(saved):
                "--channels", *(f"{width:d}" for width in config["channels"])]
     parsed = build_parser(exit_on_error=False).parse_args(command)
     if any(vars(parsed)[name] != config[name] for name in STORED):
-        raise ValueError("its settings are not of the kinds that they should be")
+        raise ValueError("a setting has another type than on the command line")
     with torch.device("meta"):  # needs no memory
         weights = SimpleUnet(parsed.channels, parsed.image_size, parsed.timesteps).state_dict()
     for name in ("model", "ema"):
@@ -1344,7 +1346,7 @@ def halve_or_raise(size, error):
 
 
 def choose_device(name):
-    """The torch.device for --device; UserError where it is missing, or where there are too few GPUs."""
+    """The torch.device for --device; UserError if this machine has none, or fewer GPUs than processes."""
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
                "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # its tensors cannot be exchanged
     name = name or next(choice for choice in ("cuda", "mps", "cpu") if present[choice])

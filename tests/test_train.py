@@ -165,8 +165,8 @@ def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder):
     done = run(folder, *SMALL, "--minutes", 3 if ON_WINE else 0.4)  # there the start takes up to a minute
     assert done.returncode == 0
     last = table(folder)[-1]
-    # It falls along a straight line, so at most a tenth of the time was left unused, and what two steps take.
-    assert float(last["lr"]) < (0.1 + 2 / int(last["step"])) * 8e-3 and int(last["step"]) > 2
+    # It falls along a straight line, so at most 4% of the time was left unused, and what two steps take.
+    assert float(last["lr"]) < (0.04 + 2 / int(last["step"])) * 8e-3 and int(last["step"]) > 2
     assert (folder / "results" / f"epoch_{last['epoch']}_step_{last['step']}.png").exists()
     assert checkpoint(folder)["step"] == int(last["step"]) and (folder / "results" / "loss.png").exists()
 
@@ -340,7 +340,7 @@ def test_the_learning_rate_warms_up_under_minutes_however_long_the_start_takes(f
                         lambda run, numbers, done: parts.append(done) or real_step(run, numbers, done))
     monkeypatch.setattr(scriptc, "START", time.monotonic() - 20)
     assert here(folder, *SMALL, "--minutes", 0.6) == 0
-    assert parts[0] == 0 and parts[-1] > 0.3
+    assert parts[0] == 0 and parts[-1] > 0.8
 
 
 def test_a_slow_first_step_after_a_restart_does_not_end_a_run_with_minutes(folder, monkeypatch):
@@ -510,7 +510,8 @@ PLANTED = {
     "too many timesteps": lambda state: state["config"].update(timesteps=10**9),
     "channels of other weights": lambda state: state["config"].update(channels=[4096] * 4),
     "a setting of another kind": lambda state: state["config"].update(lr="fast"),
-    "a flag as a setting": lambda state: state["config"].update(lr="--help"),
+    "a flag as a setting": lambda state: state["config"].update(lr="--demo"),
+    "the flag that ends a command": lambda state: state["config"].update(lr="--help"),
     "a flag as a channel": lambda state: state["config"].update(channels=["--help"]),
     "a number as text": lambda state: state["config"].update(lr="0.008"),
     "two numbers for one": lambda state: state["config"].update(epochs=[1, 2]),
