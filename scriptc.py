@@ -213,29 +213,30 @@ class Norm(nn.GroupNorm):
 
 class Block(nn.Module):
     """A residual block: x plus two convolutions of x, between which the time embedding scales and shifts each
-    channel. x (B, c, H, W) and the time embedding (B, c_time) to (B, c, H, W)."""
+    channel. x (B, c_in, H, W) and the time embedding (B, c_time) to (B, c_out, H, W)."""
 
-    def __init__(self, c, c_time):
+    def __init__(self, c_in, c_out, c_time):
         super().__init__()
-        self.norm = Norm(8, c)
-        self.conv1 = nn.Conv2d(c, c, 3, padding=1)
-        self.time_projection = nn.Linear(c_time, 2 * c)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # so the block begins as the identity: this eases training
+        self.norm = Norm(8, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_projection = nn.Linear(c_time, 2 * c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # so the block begins as its shortcut: this eases training
         nn.init.zeros_(self.conv2.bias)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time_embedding):
         scale, shift = self.time_projection(time_embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm(x)))
         h = self.conv2(F.silu(h * (1 + scale) + shift))
-        return x + h
+        return self.shortcut(x) + h
 
 
 class SimpleUnet(nn.Module):
     """Predicts the noise in x_t. A contracting path halves the image and deepens the features at each of
     `channels`; then a bottleneck; then an expanding path doubles the image again. At each resolution the
-    features of the contracting path are added to those of the expanding path (skip connections, Ronneberger
-    et al. 2015; added as by Chaurasia & Culurciello 2017, arXiv:1707.03718). Every block gets t, embedded.
+    expanding path also gets the features of the contracting path (skip connections, Ronneberger et al. 2015).
+    Every block gets t, embedded.
 
     The layers compute v, and the predicted noise is sqrt(1 - a_t) x_t + sqrt(a_t) v with a_t =
     alphas_cumprod[t]. Near pure noise x_t itself is the best prediction, and so no layer has to copy it
@@ -251,10 +252,10 @@ class SimpleUnet(nn.Module):
                                       nn.Linear(c_time, c_time), nn.SiLU())
         self.first = nn.Conv2d(3, channels[0], 3, padding=1)
         pairs = list(zip(channels, channels[1:]))
-        self.down = nn.ModuleList(Block(c, c_time) for c in channels)
+        self.down = nn.ModuleList(Block(c, c, c_time) for c in channels)
         self.downsample = nn.ModuleList(nn.Conv2d(c, deeper, 3, stride=2, padding=1) for c, deeper in pairs)
-        self.bottleneck = nn.ModuleList(Block(channels[-1], c_time) for _ in range(4))
-        self.up = nn.ModuleList(Block(c, c_time) for c in channels)
+        self.bottleneck = nn.ModuleList(Block(channels[-1], channels[-1], c_time) for _ in range(4))
+        self.up = nn.ModuleList(Block(2 * c, c, c_time) for c in channels)
         self.upsample = nn.ModuleList(nn.Conv2d(deeper, c, 1) for c, deeper in pairs)
         self.last = nn.Sequential(Norm(8, channels[0]), nn.SiLU(),
                                   nn.Conv2d(channels[0], 3, 3, padding=1))
@@ -275,7 +276,7 @@ class SimpleUnet(nn.Module):
         for block in self.bottleneck:
             x = block(x, time_embedding)
         for level in reversed(range(len(self.up))):
-            x = self.up[level](x + skips[level], time_embedding)
+            x = self.up[level](torch.cat((x, skips[level]), dim=1), time_embedding)
             if level > 0:
                 x = double(self.upsample[level - 1](x))
         a_t = self.alphas_cumprod[t][:, None, None, None]
@@ -1186,7 +1187,7 @@ def write_page(folder, run=None, status=None):
 
 # -------------------------------------------------------------------------------------------- checkpoint ----
 
-VERSION = 5  # of the checkpoint's format and network
+VERSION = 4  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
 LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; to give one removes the saved ones
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
