@@ -12,7 +12,7 @@ network's own shapes, or of 128 channels at 32 px, reaches in the same precision
 `launches` counts the operations of a training step and the bytes that they read and write, without views and empty
 tensors, on CPU tensors with the settings for a GPU (bf16 autocast, wide channels), and those of the forward pass also under
 CUDA's own autocast rules, on tensors without values. It stands in for a profiler: most operations are one kernel on a GPU,
-those for lists of tensors (foreach, fused) a few.
+those for lists of tensors (foreach, fused) a few. Where there is a GPU, the profiler counts and times its kernels as well.
 """
 
 import argparse
@@ -42,6 +42,8 @@ sys.path.insert(0, str(ROOT))
 
 import scriptc  # noqa: E402
 from fake_face.draw_faces import fill_folder  # noqa: E402
+
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class NotebookBlock(nn.Module):
@@ -146,7 +148,7 @@ def notebook_step(batch, base, precision):
 
 def fastest_convolution(precision):
     """The fastest 3 x 3 convolution, on its own, in `precision`: a function that computes it, and its FLOPs."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtype = FORMATS[precision]
     works, count = {}, {}
     for width, side in {(128, 32), *((width, args.size >> level) for level, width in enumerate(channels))}:
         for batch in (32, 128):
@@ -317,19 +319,31 @@ def bench_launches():
     step = [counted for (section, _), counted in counter.kinds.items() if "CUDA" not in section]
     row("all of 8 images", sum(count for count, _ in step), f"{sum(size for _, size in step) / 1e6:,.0f}", "")
     if device.type == "cuda":
-        bench_gpu(our_step(64, "auto"))
+        row("step on the GPU", "ms", "kernels", "ms in kernels", "TFLOP/s", "of a large matrix product", "GiB")
+        row(*["---"] * 7)
+        for precision in FORMATS:
+            bench_gpu(precision)
 
 
-def bench_gpu(step):
-    """Time, launches and memory of a training step of 64 images on the GPU."""
-    taken = seconds({"step": step}, args.repeats)["step"]
+def bench_gpu(precision, batch=64, side=8192):
+    """A training step on the GPU: its time, the kernels that it launches and their time, the memory, and the share of the
+    rate of a matrix product of `side` x `side` in the same precision."""
+    torch.cuda.reset_peak_memory_stats()
+    step = our_step(batch, precision)
+    step()
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    left, right = torch.randn(2, side, side, device=device, dtype=FORMATS[precision])
+    taken = seconds({"step": lambda: [step() for _ in range(10)], "product": lambda: [left @ right for _ in range(10)]},
+                    args.repeats)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    launched = sum(event.count for event in profiler.key_averages())
-    work = 64 * flops(scriptc.SimpleUnet(channels, args.size).to(device), True)
-    row("step of 64 images on the GPU", f"{launched} kernels", f"{1e3 * taken:.1f} ms, {work / taken / 1e12:.1f} TFLOP/s",
-        f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    kernels = [event for event in profiler.key_averages()
+               if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+    rate = 10 * batch * flops(scriptc.SimpleUnet(channels, args.size).to(device), True) / taken["step"]
+    row(f"{precision}, {batch} images", f"{100 * taken['step']:.1f}", sum(event.count for event in kernels),
+        f"{sum(event.self_device_time_total for event in kernels) / 1e3:.1f}", f"{rate / 1e12:.0f}",
+        f"{rate * taken['product'] / (10 * 2 * side**3):.0%}", f"{memory:.1f}")
 
 
 def machine():
