@@ -1,6 +1,9 @@
-"""What all tests share: Linux is made as strict about open files as Windows is."""
+"""What all tests share: they run on the CPU, and Linux is made as strict about open files as Windows is."""
 
 import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch starts; weights are equal to the bit on a CPU only
+
 import pathlib
 import signal
 import sys

@@ -1,10 +1,15 @@
-"""Devices that are not there: what would run on a CUDA GPU or an Apple GPU, without either."""
+"""Devices that are not there: what would run on a CUDA GPU or an Apple GPU, without either; and one that is."""
+
+import os
+import subprocess
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scriptc
+from fake_face.draw_faces import fill_folder
+from tests.runs import checkpoint, command, table
 
 CUDA = torch.device("cuda", 0)
 
@@ -55,3 +60,17 @@ def test_more_processes_than_gpus_are_refused_in_a_sentence(monkeypatch):
 def test_weights_and_images_are_channels_last_except_on_an_apple_gpu():
     assert scriptc.memory_format(torch.device("mps")) == torch.contiguous_format
     assert scriptc.memory_format(CUDA) == scriptc.memory_format(torch.device("cpu")) == torch.channels_last
+
+
+def test_a_gpu_trains_resumes_and_draws(tmp_path):
+    fill_folder(tmp_path / "faces", 40, 32)
+    visible = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    common = ["--image-size", 16, "--channels", 8, 16, "--batch-size", 16, "--device", "cuda"]
+    for flags in (["--epochs", 10], ["--epochs", 20], ["--sample", 4]):
+        done = subprocess.run(command(tmp_path, *common, *flags), capture_output=True, text=True, env=visible)
+        if "finds no cuda device" in done.stderr:
+            pytest.skip("there is no CUDA GPU")
+        assert done.returncode == 0, done.stderr
+    losses = [float(row["train_loss"]) for row in table(tmp_path)]
+    assert checkpoint(tmp_path)["epoch"] == len(losses) == 20 and losses[-1] < 0.8 * losses[0]
+    assert len([*(tmp_path / "results" / "samples").glob("*.png")]) == 4

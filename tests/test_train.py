@@ -1173,7 +1173,6 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference_and_both
     assert "16 there, 32 here" in sentence and "--channels" not in sentence and "--checkpoint NEW.pth" in sentence
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(folder):
     assert "cuda" in refused(folder, "--device", "cuda")
 
