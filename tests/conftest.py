@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch starts; weights are equal to the bit on a CPU only
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # set before torch is imported: only on a CPU are equal runs equal to the bit
 
 import pathlib
 import signal

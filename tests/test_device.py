@@ -1,4 +1,4 @@
-"""Devices that are not there: what would run on a CUDA GPU or an Apple GPU, without either; and one that is."""
+"""What runs on a CUDA GPU or an Apple GPU, tested without either; only the last test needs a CUDA GPU."""
 
 import os
 import subprocess

@@ -340,10 +340,12 @@ def bench_gpu(precision, batch=64, side=8192):
         torch.cuda.synchronize()
     kernels = [event for event in profiler.key_averages()
                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
-    rate = 10 * batch * flops(scriptc.SimpleUnet(channels, args.size).to(device), True) / taken["step"]
-    row(f"{precision}, {batch} images", f"{100 * taken['step']:.1f}", sum(event.count for event in kernels),
+    of_step = taken["step"] / 10
+    of_product = taken["product"] / 10
+    rate = batch * flops(scriptc.SimpleUnet(channels, args.size).to(device), True) / of_step
+    row(f"{precision}, {batch} images", f"{1e3 * of_step:.1f}", sum(event.count for event in kernels),
         f"{sum(event.self_device_time_total for event in kernels) / 1e3:.1f}", f"{rate / 1e12:.0f}",
-        f"{rate * taken['product'] / (10 * 2 * side**3):.0%}", f"{memory:.1f}")
+        f"{rate / (2 * side**3 / of_product):.0%}", f"{memory:.1f}")
 
 
 def machine():
