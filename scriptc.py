@@ -491,8 +491,6 @@ class Run:
         self.precision = choose_precision(args.precision, device)
         self.progress = argparse.Namespace(**NEW_RUN | {"history": []})
         torch.manual_seed(args.seed)
-        torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm for each convolution
-        torch.backends.cuda.matmul.allow_tf32 = True
         self.model = build_network(vars(args), device)
         self.ema = build_network(vars(args), device)  # the average of the weights, which draws the pictures
         self.ema.load_state_dict(self.model.state_dict())
@@ -1336,8 +1334,10 @@ OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't al
 
 def halve_or_raise(size, error):
     """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of
-    memory, and UserError where one image is too many already."""
+    memory, and UserError where one image is too many already or --compile fails."""
     if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise UserError(f"torch.compile fails here ({first_line(error)}): leave out --compile") from None
         raise error
     if size == 1:
         raise UserError("there is not enough memory for one image: give a smaller --image-size or narrower "
@@ -1346,7 +1346,8 @@ def halve_or_raise(size, error):
 
 
 def choose_device(name):
-    """The torch.device for --device; UserError if this machine has none, or fewer GPUs than processes."""
+    """The torch.device for --device. UserError if this machine has none that computes, or fewer GPUs than
+    processes."""
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
                "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # its tensors cannot be exchanged
     name = name or next(choice for choice in ("cuda", "mps", "cpu") if present[choice])
@@ -1359,18 +1360,30 @@ def choose_device(name):
     if local_rank >= torch.cuda.device_count():
         raise UserError("there are more processes than CUDA GPUs: start torchrun with "
                         f"--nproc_per_node={torch.cuda.device_count()}")
-    torch.cuda.set_device(local_rank)
+    torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm for each convolution
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        torch.cuda.set_device(local_rank)
+        F.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(1, 3, 3, 3, device="cuda"))
+    except RuntimeError as error:  # such as no code for an old or a very new GPU
+        raise UserError(f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({first_line(error)}): "
+                        "README.md has the line that installs one that can, or give --device cpu") from None
+    if sys.platform == "win32":  # where the driver uses slow memory of the computer instead of failing
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(free / total)
     return torch.device("cuda", local_rank)
 
 
 def choose_precision(name, device):
-    """The number format for --precision: of those that train well, the one in which the device is fastest."""
+    """The number format for --precision: of those that train well, the one in which the device is fastest.
+    Tensor cores compute in fp16 from compute capability 7.0 on, in bf16 from 8.0 on."""
     if name == "fp16" and device.type == "mps":
         raise UserError("PyTorch cannot scale losses for fp16 on an Apple GPU: leave out --precision")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if device.type == "cpu" and fast else "fp32"
 
@@ -1522,7 +1535,8 @@ def announce(run, saved):
     listing = args.results / "skipped_images.txt"
     ends = " or ".join(f"{vars(args)[name]:,.10g} {name.removeprefix('max_')}"
                        for name in LIMITS if vars(args)[name])
-    unused_gpu = shutil.which("nvidia-smi") and not torch.version.cuda
+    gpu = f" ({torch.cuda.get_device_name()})" if run.device.type == "cuda" else ""
+    unused_gpu = shutil.which("nvidia-smi") and not torch.cuda.is_available()
     advice = "; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs one that can"
     about = {
         "images": f"{len(run.faces.rows):,} below {args.dataroot}, "
@@ -1530,7 +1544,7 @@ def announce(run, saved):
         "skipped": run.skipped and f"{len(run.skipped):,} files, such as "
                                    f"{': '.join(min(run.skipped.items()))}; all are in {listing}",
         "network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters",
-        "device": f"{run.device.type}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}"
+        "device": f"{run.device.type}{gpu}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}"
                   f"{advice if unused_gpu else ''}",
         "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
         "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",

@@ -57,6 +57,15 @@ def test_more_processes_than_gpus_are_refused_in_a_sentence(monkeypatch):
         scriptc.choose_device(None)
 
 
+def test_a_gpu_that_cannot_compute_is_refused_in_a_sentence(monkeypatch):
+    if not torch.version.cuda or torch.cuda.is_available():
+        pytest.skip("needs a PyTorch for CUDA on a machine without a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(scriptc.UserError, match=r"cannot use the NVIDIA GPU \(.+README.md"):
+        scriptc.choose_device(None)
+
+
 def test_weights_and_images_are_channels_last_except_on_an_apple_gpu():
     assert scriptc.memory_format(torch.device("mps")) == torch.contiguous_format
     assert scriptc.memory_format(CUDA) == scriptc.memory_format(torch.device("cpu")) == torch.channels_last

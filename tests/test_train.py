@@ -617,10 +617,18 @@ def test_a_failure_of_cudnn_that_is_not_lack_of_memory_is_still_named():
 
 
 def test_an_nvidia_gpu_that_this_pytorch_cannot_use_is_named_in_the_device_line(folder, monkeypatch, capsys):
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # such as a driver that is too old
     monkeypatch.setattr(shutil, "which", lambda name: name)
     assert here(folder, *SMALL, "--max-steps", 1) == 0
     assert re.search(r"^device +cpu.*cannot use the NVIDIA GPU", capsys.readouterr().out, re.M)
+
+
+def test_where_torch_compile_fails_a_sentence_says_so(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
+    done = run(folder, *SMALL, "--max-steps", 1, "--compile")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "torch.compile fails here" in done.stderr and "leave out --compile" in done.stderr
 
 
 # Micro-batches and processes

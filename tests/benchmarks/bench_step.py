@@ -225,7 +225,7 @@ def bench_loop():
         bare, ratios = our_step(32, "auto"), []
         for attempt in range(3):
             flags = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--checkpoint", f"{place}/{attempt}.pth",
-                     "--image-size", str(args.size), "--device", args.device, "--batch-size", "32", "--max-steps", "30",
+                     "--image-size", str(args.size), "--device", device.type, "--batch-size", "32", "--max-steps", "30",
                      "--epochs", "1", "--sample-steps", "2", "--channels", *map(str, channels)]
             subprocess.run([sys.executable, str(ROOT / "scriptc.py"), *flags], check=True, stdout=subprocess.DEVNULL)
             with open(f"{place}/results/metrics.csv", newline="") as file:
@@ -239,7 +239,7 @@ def bench_start():
     """From the start of a process to the first optimizer step of a run with a warm cache, against importing torch alone."""
     with tempfile.TemporaryDirectory() as place:
         fill_folder(pathlib.Path(place, "faces"), 1000, args.size)
-        common = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--device", args.device, "--image-size",
+        common = ["--dataroot", f"{place}/faces", "--results", f"{place}/results", "--device", device.type, "--image-size",
                   str(args.size), "--batch-size", "2"]
         code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import scriptc; "
                 "scriptc.training_step = lambda *_: os._exit(0); scriptc.main(sys.argv[2:])")
@@ -360,7 +360,7 @@ def machine():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: as the program chooses)")
     parser.add_argument("--size", type=int, default=64, help="image size in px")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--channels", type=int, nargs="+", help="of this project's network (the device's default)")
@@ -373,7 +373,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if {*args.parts} - parts.keys():
         parser.error(f"parts are {', '.join(parts)}")
-    device = torch.device(args.device)
+    device = scriptc.choose_device(args.device)
     channels = args.channels or scriptc.default_channels(device, args.size)
     print(f"{machine()}, {scriptc.choose_precision('auto', device)}, {args.size} px, channels {channels}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}\n")
