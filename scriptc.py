@@ -1334,7 +1334,7 @@ OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't al
 
 def halve_or_raise(size, error):
     """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of
-    memory, and UserError where one image is too many already or --compile fails."""
+    memory, and UserError where one image is too many already or torch.compile fails."""
     if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile fails here ({first_line(error)}): leave out --compile") from None
@@ -1345,9 +1345,12 @@ def halve_or_raise(size, error):
     return math.ceil(size / 2)
 
 
+OTHER_PYTORCH = "install another PyTorch as README.md says"
+
+
 def choose_device(name):
-    """The torch.device for --device. UserError if this machine has none that computes, or fewer GPUs than
-    processes."""
+    """The torch.device for --device; for a CUDA GPU, PyTorch's settings are made too. UserError if there is
+    no such device, if the GPU cannot compute, or if there are fewer GPUs than processes."""
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
                "mps": torch.backends.mps.is_available() and PROCESSES == 1}  # its tensors cannot be exchanged
     name = name or next(choice for choice in ("cuda", "mps", "cpu") if present[choice])
@@ -1365,10 +1368,10 @@ def choose_device(name):
     try:
         torch.cuda.set_device(local_rank)
         F.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(1, 3, 3, 3, device="cuda"))
-    except RuntimeError as error:  # such as no code for an old or a very new GPU
+    except RuntimeError as error:  # for example, PyTorch has no code for a GPU that is old or very new
         raise UserError(f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({first_line(error)}): "
-                        "README.md has the line that installs one that can, or give --device cpu") from None
-    if sys.platform == "win32":  # where the driver uses slow memory of the computer instead of failing
+                        f"{OTHER_PYTORCH}, or give --device cpu") from None
+    if sys.platform == "win32":  # else its driver goes on in the computer's slow memory, without an error
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(free / total)
     return torch.device("cuda", local_rank)
@@ -1537,15 +1540,15 @@ def announce(run, saved):
                        for name in LIMITS if vars(args)[name])
     gpu = f" ({torch.cuda.get_device_name()})" if run.device.type == "cuda" else ""
     unused_gpu = shutil.which("nvidia-smi") and not torch.cuda.is_available()
-    advice = "; this PyTorch cannot use the NVIDIA GPU: README.md has the line that installs one that can"
+    advice = f"; this PyTorch cannot use the NVIDIA GPU: {OTHER_PYTORCH}" if unused_gpu else ""
     about = {
         "images": f"{len(run.faces.rows):,} below {args.dataroot}, "
                   f"{len(run.faces.rows) - len(run.train_numbers):,} of them held out",
         "skipped": run.skipped and f"{len(run.skipped):,} files, such as "
                                    f"{': '.join(min(run.skipped.items()))}; all are in {listing}",
         "network": f"channels {args.channels}, {sum(map(torch.numel, run.weights)) / 1e6:.1f} M parameters",
-        "device": f"{run.device.type}{gpu}, {run.precision}, {PROCESSES} process{'es' * (PROCESSES > 1)}"
-                  f"{advice if unused_gpu else ''}",
+        "device": f"{run.device.type}{gpu}, {run.precision}, "
+                  f"{PROCESSES} process{'es' * (PROCESSES > 1)}{advice}",
         "training": f"until {ends}, {args.batch_size} images a step, learning rate {args.lr:g}",
         "checkpoint": f"{args.checkpoint}, saved every {args.save_minutes:g} minutes and at the end",
         "pictures": str(args.results / "index.html"),

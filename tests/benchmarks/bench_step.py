@@ -360,7 +360,7 @@ def machine():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", help="cuda, mps or cpu (default: as the program chooses)")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: as the program chooses")
     parser.add_argument("--size", type=int, default=64, help="image size in px")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--channels", type=int, nargs="+", help="of this project's network (the device's default)")
