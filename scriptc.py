@@ -22,18 +22,19 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -188,17 +189,13 @@ def default_channels(device, image_size):
         return [64, 128, 256, 512]
     if image_size <= 32:
         return [16, 64, 64, 192]
-    channels = [16, 32, 64, 128, 192]
-    bottom = image_size // 16
-    while bottom >= 8 and bottom % 2 == 0:
-        channels.insert(0, 16)
-        bottom //= 2
-    return channels
+    more_levels = image_size // 128 if image_size % 32 == 0 else 0
+    return [16] * more_levels + [16, 32, 64, 128, 192]
 
 
 def default_batch_size(device, image_size):
-    """Default number of images in a step: on a CPU 64 at 32 px, half as many for each doubling of the side,
-    since few steps on large images are worth less than more steps on fewer of them."""
+    """Default number of images in a step. On a CPU 64 at 32 px, half as many for each doubling of the side:
+    in the same time, more steps with fewer images give better faces."""
     return 2048 // image_size if device.type == "cpu" else 64
 
 
@@ -376,25 +373,26 @@ def autocast(device, precision):
 
 
 def memory_format(device):
-    """The layout of images and weights for `device`: channels last, except on Apple GPUs, where that is slow
-    (pytorch issues 193349 and 193623)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    """The layout of images and weights for `device`: channels last, except where that is slow, on Apple GPUs
+    (pytorch issues 193349 and 193623) and on NVIDIA GPUs without tensor cores (issue 44943)."""
+    slow = device.type == "mps" or device.type == "cuda" and choose_precision("auto", device) == "fp32"
+    return torch.contiguous_format if slow else torch.channels_last
 
 
 # ---------------------------------------------------------------------------------------------- training ----
 
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
-EMA_POWER = 12  # share of the first i of n steps in the average: (i / n) ** 12, mostly the last tenth
-CORE_PIXELS = 16 * 64**2  # most pixels of a micro-batch for each CPU core: more do not fit in its cache
+EMA_POWER = 12  # after n steps, the first i of them have (i / n) ** 12 of the weight in the average
+CORE_PIXELS = 16 * 64**2  # pixels of a micro-batch for each CPU core: about as many as fit in its cache
 COMPARED_MOST = 512  # held-out images, and as many training images, on which the losses are measured
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
 LOOK_SECONDS = 2  # between looks at the loss
 LINE_SECONDS = 5  # least time between the lines of two epochs; metrics.csv is written with each line
 
-# a, b, c of each iteration S <- a S + b S^3 + c S^5: those that bring singular values from 0.01 to 1 closest
-# to 1 in three iterations (0.73 to 1.27), found as in Amsel et al. 2025 (arXiv:2505.16932, section 3).
+# a, b, c of each iteration S <- a S + b S^3 + c S^5. Three iterations bring every singular value from 0.01 to
+# 1 into 0.73 to 1.27, the narrowest range (found as in Amsel et al. 2025, arXiv:2505.16932, section 3).
 NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 
@@ -446,7 +444,7 @@ class Muon(torch.optim.Optimizer):
             momentum = state.setdefault("momentum", torch.zeros_like(gradient))
             gradient = torch.where(self.found_inf > 0, momentum, gradient)
             momentum.lerp_(gradient, 1 - MOMENTUM)
-            update = orthogonalize(gradient.lerp_(momentum, MOMENTUM))
+            update = orthogonalize(gradient.lerp_(momentum, MOMENTUM)).float()
             update *= (1 - self.found_inf) * (0.2 * math.sqrt(max(update.shape[1:])) * group["lr"])
             sides = kernels[0].shape[2:]
             updates = [matrix.unflatten(1, (*sides, -1)).permute(0, 3, 1, 2) for matrix in update]
@@ -504,13 +502,11 @@ class Run:
         self.cumulative = timestep_probabilities(args.timesteps, args.image_size).cumsum(0).float().to(device)
         self.losses = torch.zeros(2, device=device)  # sum and number of the losses since the last look
         self.bad_steps = torch.zeros((), device=device)  # latest consecutive steps without a finite gradient
-        self.micro_batch = math.ceil(args.batch_size / PROCESSES)  # most images in the network at a time
-        if device.type == "cpu":
-            fit = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
-            self.micro_batch = max(1, min(self.micro_batch, fit))
+        fit = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
+        self.micro_batch = max(1, fit) if device.type == "cpu" else args.batch_size  # most images at a time
         self.save_due = time.monotonic()  # the first checkpoint is made at once: it shows that it can be
         self.next_drawing = self.next_line = self.next_look = 0.0
-        self.speed = 0.0  # training images a second
+        self.speed = 0.0  # training images a second, in this epoch
         self.about = []
         self.real = None  # RealFaces, once pictures are drawn
 
@@ -518,6 +514,7 @@ class Run:
         """Continue from the checkpoint `saved`. UserError where its parts do not fit together."""
         try:
             self.progress = argparse.Namespace(**{name: saved[name] for name in NEW_RUN})
+            self.speed = saved["images_seen"] / (saved["seconds"] + 1e-6)  # until there is a step
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
             self.scaler.load_state_dict(saved["scaler"] or self.scaler.state_dict())  # {} if it was not fp16
@@ -553,20 +550,15 @@ class Run:
         """Seconds of all starts of this run together."""
         return self.progress.seconds + time.monotonic() - START
 
-    def images_per_second(self):
-        """Training images a second in this epoch; of the whole run where this start has seen none of it."""
-        seen = self.progress.images_seen - self.epoch_seen
-        seconds = time.monotonic() - self.epoch_begun if seen else self.seconds()
-        return (seen or self.progress.images_seen) / (seconds + 1e-6)
-
     def done(self):
-        """The part of the run that is done, 0 to 1, by epochs, steps or the clock. The clock counts from the
-        first step, and leaves twice the time that the latest pictures and checkpoint took, at most half, for
-        the last ones. Before there are pictures, an evaluation counts as a third of a training step."""
+        """The part of the run that is done, 0 to 1, by epochs, steps or the clock. Time counts from the first
+        step, and some is reserved for the last pictures and checkpoint: twice what the latest ones took, at
+        most half of all. Before there are pictures, theirs is estimated: a network evaluation of an image
+        takes a third of its training step."""
         progress = self.progress
         args = self.args
-        epochs = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
-        done = max(epochs / (args.epochs or math.inf), progress.step / (args.max_steps or math.inf))
+        epochs_done = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
+        done = max(epochs_done / (args.epochs or math.inf), progress.step / (args.max_steps or math.inf))
         if args.minutes and progress.step:
             training_seconds = self.seconds() - progress.seconds_at_first_step
             drawing = (progress.seconds_of_drawing
@@ -637,14 +629,12 @@ def accumulate_gradients(run, numbers):
     return loss
 
 
-def sum_over_processes(weights, loss):
-    """Sum the gradients of `weights` in place, and the loss (), which is returned, over all processes."""
-    values = torch.cat([loss.view(1), *(weight.grad.flatten() for weight in weights)])
+def sum_over_processes(tensors):
+    """Sum each of `tensors` over all processes, in place."""
+    values = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(values)
-    loss, *gradients = values.split([1, *(weight.numel() for weight in weights)])
-    for weight, gradient in zip(weights, gradients):
-        weight.grad.copy_(gradient.view_as(weight))
-    return loss.squeeze()
+    for tensor, total in zip(tensors, values.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))
 
 
 def keep_weights_equal(run):
@@ -671,7 +661,7 @@ def training_step(run, numbers, done):
         except RuntimeError as error:
             run.micro_batch = halve_or_raise(run.micro_batch, error)
     if PROCESSES > 1:
-        loss = sum_over_processes(run.weights, loss)
+        sum_over_processes([loss, *(weight.grad for weight in run.weights)])
     for optimizer in run.optimizers.values():
         run.scaler.unscale_(optimizer)
     finite = (nn.utils.clip_grad_norm_(run.weights, 1.0) + loss).isfinite()
@@ -679,8 +669,9 @@ def training_step(run, numbers, done):
         optimizer.found_inf = (~finite).float()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.args.lr, done)
-        if run.device.type != "mps" or finite:  # there, torch's Adam does not look at found_inf
-            optimizer.step()
+        with autocast(run.device, "fp16" if run.precision == "fp16" else "fp32"):  # Muon's matrix products
+            if run.device.type != "mps" or finite:  # there, torch's Adam does not look at found_inf
+                optimizer.step()
     run.scaler.update()
     run.progress.step += 1
     run.progress.images_seen += len(numbers)
@@ -718,12 +709,14 @@ def look(run, bar):
     if run.bad_steps >= BAD_STEPS:
         raise UserError(f"{BAD_STEPS} steps in a row had no finite gradient and changed nothing: resume the "
                         "checkpoint with a lower --lr or with --precision fp32")
-    run.speed = run.images_per_second()
+    if bar.n > bar.initial:
+        run.speed = (bar.n - bar.initial) / (bar.format_dict["elapsed"] + 1e-6)
     total, count = run.losses.tolist()
     run.losses.zero_()
-    bar.status = f"loss {total / max(count, 1):.4f}, {run.seconds_left() / 60:.1f} minutes left in all"
+    bar.set_postfix_str(f"loss {total / max(count, 1):.4f}, "
+                        f"{run.seconds_left() / 60:.1f} minutes left in all")
     if time.monotonic() >= run.next_look:  # not after every epoch, which may be one step
-        warn_if_not_written(write_page, run.args.results, run, "training")
+        write_page(run.args.results, run, "training")
         run.next_look = time.monotonic() + LOOK_SECONDS
 
 
@@ -739,7 +732,7 @@ def end_epoch(run, at_end, stop):
         history.append([progress.epoch + 1, progress.step, progress.images_seen, *losses, None, rate,
                         run.speed, run.seconds()])
     if history and (at_end or begun >= run.next_drawing):
-        warn_if_not_written(write_page, args.results, run, "drawing")
+        write_page(args.results, run, "drawing")
         draw_pictures(run, stop)
         progress.seconds_of_drawing = time.monotonic() - begun
         run.next_drawing = time.monotonic() + progress.seconds_of_drawing / DRAWING_SHARE
@@ -751,7 +744,7 @@ def end_epoch(run, at_end, stop):
         say(f"epoch {row['epoch']}: step {row['step']:,}, loss {row['train_loss']:.4f}, held out "
             f"{row['heldout_loss']:.4f}{far}, {row['images_per_second']:.0f} images/s, "
             f"{run.seconds_left() / 60:.1f} minutes left{memory}")
-        with replacing(args.results / "metrics.csv") as file:  # always whole: no row is cut off or doubled
+        with result(args.results / "metrics.csv") as file:  # always whole: no row is cut off or doubled
             file.writelines(f"{','.join('' if value is None else str(value) for value in row)}\r\n".encode()
                             for row in (COLUMNS, *history))
 
@@ -761,9 +754,7 @@ def train(run, stop):
     progress = run.progress
     at_end = stopped = False
     while not (at_end or stopped):
-        bar = Bar(f"epoch {progress.epoch + 1}", len(run.train_numbers), progress.images_in_epoch)
-        run.epoch_begun = time.monotonic()
-        run.epoch_seen = progress.images_seen
+        bar = progress_bar(f"epoch {progress.epoch + 1}", len(run.train_numbers), progress.images_in_epoch)
         for numbers in batches_left(run):
             saving = time.monotonic() >= run.save_due
             done, stopped, saving = broadcast(run.done(), stop.is_set(), saving)
@@ -781,7 +772,7 @@ def train(run, stop):
             look(run, bar)
             bar.close()
             if not stopped:
-                warn_if_not_written(end_epoch, run, at_end, stop)
+                end_epoch(run, at_end, stop)
         if not stopped and progress.images_in_epoch >= len(run.train_numbers):
             progress.epoch += 1
             progress.images_in_epoch = 0
@@ -792,10 +783,9 @@ def train(run, stop):
 
 # -------------------------------------------------------------------------------------------------- data ----
 
-Image.init()
 Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow warns from there on, and refuses images of twice as many
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 HELDOUT_ONE_IN = 20
 
 
@@ -847,7 +837,7 @@ def list_files(root, leave_out=()):
 def open_cache(path, record_type):
     """(memory-mapped records, {key: number of its record}) of the whole records, a numpy type, at `path`."""
     count = path.stat().st_size // record_type.itemsize if path.is_file() else 0
-    records = np.memmap(path, record_type, "c", shape=(count,)) if count else np.zeros(0, record_type)
+    records = np.memmap(path, record_type, "r", shape=(count,)) if count else np.zeros(0, record_type)
     return records, {key: number for number, key in enumerate(records["file"].tolist())}
 
 
@@ -856,30 +846,35 @@ def fill_cache(path, record_type, root, files):
     read; every start tries them again. The next start resumes where this one is interrupted."""
     reasons = {}
     size = record_type["pixels"].shape[0]
-    bar = Bar(f"reading images at {size} px", len(files))
-    pool = ThreadPoolExecutor(os.cpu_count())
-    with open(path, "r+b" if path.exists() else "xb") as out, pool, warnings.catch_warnings():
+    paths = [os.path.join(root, name) for name in files.values()]
+    with (open(path, "r+b" if path.exists() else "xb") as out, ThreadPool() as pool,
+          warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # Pillow's, about single files
         whole = out.seek(0, os.SEEK_END) // record_type.itemsize
         out.seek(whole * record_type.itemsize)  # over a record that was cut off
-        for chunk in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill memory
-            paths = [os.path.join(root, files[key]) for key in chunk.tolist()]
-            for key, pixels in zip(chunk.tolist(), pool.map(decode, paths, [size] * len(paths))):
-                if isinstance(pixels, str):
-                    reasons[key] = pixels
-                else:
-                    out.write(key + pixels.tobytes())
-                bar.update(1)
-    bar.close()
+        decoded = pool.imap(lambda path: decode(path, size), paths)
+        bar = progress_bar(f"reading images at {size} px", len(files), iterable=decoded)
+        for key, pixels in zip(files, bar):
+            if isinstance(pixels, str):
+                reasons[key] = pixels
+            else:
+                out.write(key + pixels.tobytes())
     return reasons
 
 
 def can_be_written(folder):
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):
+        write_nothing(folder)
+        return True
+    return False
+
+
+def write_nothing(folder):
+    """OSError if no file can be made in `folder`. tempfile would try for ever there, on Windows before Python
+    3.13 (CPython issue 66305)."""
+    path = pathlib.Path(folder, f".{os.getpid()}.tmp")
+    path.touch()
+    path.unlink(missing_ok=True)
 
 
 def load_images(args, device):
@@ -921,9 +916,9 @@ def load_images(args, device):
 
 def split(names):
     """Numbers of the training images, and of the training and the held-out images whose losses are compared,
-    at most COMPARED_MOST each. The hash of an image's path below the data root decides on which side it is,
-    so it stays there as the folder grows. The images with the smallest hashes are compared, so most of them
-    stay the same when a few images are added."""
+    at most COMPARED_MOST each. The hash of an image's path below the data root decides whether it is held
+    out, so that does not change as the folder grows. The images with the smallest hashes are compared, so
+    most of them stay the same when a few images are added."""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7], "little")
                        for name in names])
     order = hashes.argsort()
@@ -942,7 +937,9 @@ class Faces:
 
     def __init__(self, pixels, rows, device):
         self.device = device
-        self.pixels = torch.from_numpy(pixels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that the cache is read-only: nothing writes to it
+            self.pixels = torch.from_numpy(pixels)
         self.rows = torch.tensor(rows)
         if (device.type == "cuda"
                 and len(rows) * self.pixels[0].numel() < torch.cuda.mem_get_info(device)[0] / 4):
@@ -978,21 +975,24 @@ def to_image(x):
 
 def save_grid(images, path, columns=8):
     """Images (N, 3, S, S) in [-1, 1] as one PNG, `columns` a row, padding 2."""
-    with replacing(path) as file:
+    with result(path) as file:
         save_image(images, file, "PNG", nrow=columns, normalize=True, value_range=(-1, 1))
 
 
-def draw(model, count, noise=None, at_once=64, first=0, **settings):
-    """sample() of `count` images, at most `at_once` at a time, fewer where memory is too small."""
-    images = []
-    while len(images) < count:
-        size = min(at_once, count - len(images))
-        start = None if noise is None else noise[len(images):len(images) + size]
+def draw(model, count, noise=None, **settings):
+    """Yield the images of sample(), computed 64 together, or fewer where memory is too small."""
+    at_once = 64
+    first = 0
+    while first < count:
+        at_once = min(at_once, count - first)
+        start = None if noise is None else noise[first:first + at_once]
         try:
-            images.extend(sample(model, size, first=first + len(images), noise=start, **settings))
+            images = sample(model, at_once, first=first, noise=start, **settings)
         except RuntimeError as error:
-            at_once = halve_or_raise(size, error)
-    return torch.stack(images)
+            at_once = halve_or_raise(at_once, error)
+        else:
+            yield from images
+            first += at_once
 
 
 def draw_pictures(run, stop):
@@ -1001,7 +1001,7 @@ def draw_pictures(run, stop):
     history = run.progress.history
     folder = run.args.results
     settings = {"steps": run.args.sample_steps, "seed": run.args.seed, "precision": run.precision}
-    images = draw(run.ema, 64, on_step=lambda *_: stop.is_set(), **settings)
+    images = torch.stack([*draw(run.ema, 64, on_step=lambda *_: stop.is_set(), **settings)])
     save_curve(history, folder / "loss.png")
     if stop.is_set():
         return
@@ -1020,7 +1020,7 @@ def draw_pictures(run, stop):
 
 def save_denoising(model, path, columns=10, **settings):
     """How the first four samples come out of noise: for each one a row of x_t and below it the estimates of
-    x_0 at the same moments, chosen such that the pictures change equally from column to column."""
+    x_0 at the same moments, between which the pictures change by equal amounts."""
     stages = []
     images = sample(model, 4, on_step=lambda x_t, x_0: stages.append((x_t.cpu(), x_0.cpu())), **settings)
     pictures = torch.stack([torch.stack(pair, dim=1) for pair in (*stages, (images, images))])
@@ -1032,7 +1032,7 @@ def save_denoising(model, path, columns=10, **settings):
 def grids(folder, history):
     """[epoch, step, file name] of every grid of this run that is in `folder`, oldest first."""
     drawn = [[*row[:2], GRID.format(*row)] for row in history if row[DISTANCE] is not None]
-    return [grid for grid in drawn if (folder / grid[2]).exists()]
+    return [grid for grid in drawn if os.path.exists(folder / grid[2])]
 
 
 def save_animation(pictures, path, last=150, side=1100):
@@ -1041,7 +1041,7 @@ def save_animation(pictures, path, last=150, side=1100):
     frames = [ImageOps.scale(picture, scale, Image.Resampling.NEAREST) for picture in pictures]
     for frame in frames:
         frame.thumbnail((side, side))
-    with replacing(path) as file:
+    with result(path) as file:
         frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], loop=0, quality=75,
                        duration=[150] * (len(frames) - 1) + [last])
 
@@ -1068,11 +1068,9 @@ class RealFaces:
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), DISTANCE_MOST)).astype(int)]
         self.seen = torch.cat([self.reduce(faces.batch(chunk)) for chunk in chosen.split(256)], dim=1)
         count = max(1, min(64, len(chosen) // 2))
-        usual = []
-        for repeat in range(8):
-            order = torch.randperm(len(chosen), generator=generator("usual", repeat))
-            others = self.seen[:, order[count % len(order):]]
-            usual.append(frechet_distance(self.seen[:, order[:count]], others))
+        orders = [torch.randperm(len(chosen), generator=generator("usual", repeat)) for repeat in range(8)]
+        usual = [frechet_distance(self.seen[:, order[:count]], self.seen[:, order[count % len(order):]])
+                 for order in orders]
         self.usual = torch.stack(usual).mean(0).clamp(min=1e-9)
 
     @staticmethod
@@ -1134,7 +1132,7 @@ def save_nearest(images, faces, path):
     for axes, pair, ratio in zip(places.flat, pairs, ratios):
         axes.imshow(to_image(make_grid(pair, padding=1, pad_value=1)))
         axes.set_title(f"{ratio:.2f}", y=-0.25, fontsize=9)
-    with replacing(path) as file:
+    with result(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return ratios
 
@@ -1154,7 +1152,7 @@ def save_curve(history, path):
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    with replacing(path) as file:
+    with result(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
@@ -1178,8 +1176,8 @@ def write_page(folder, run=None, status=None):
             return
     names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "morph.webp",
              "metrics.csv")
-    data |= {"pictures": [name for name in names if (folder / name).exists()], "updated": time.time()}
-    with replacing(path) as file:
+    data |= {"pictures": [name for name in names if os.path.exists(folder / name)], "updated": time.time()}
+    with result(path) as file:
         file.write(f"show({json.dumps(data)});\n".encode())
 
 
@@ -1379,13 +1377,17 @@ def choose_device(name):
 
 def choose_precision(name, device):
     """The number format for --precision: of those that train well, the one in which the device is fastest.
-    Tensor cores compute in fp16 from compute capability 7.0 on, in bf16 from 8.0 on."""
+    Tensor cores compute in bf16 from compute capability 8.0 on, in fp16 from 7.0 on; of those with 7.5 only
+    RTX and T4 GPUs have them, and others, such as the GTX 16 ones, are known for NaN in fp16 (pytorch issue
+    58123)."""
     if name == "fp16" and device.type == "mps":
         raise UserError("PyTorch cannot scale losses for fp16 on an Apple GPU: leave out --precision")
     if name != "auto":
         return name
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
+        if capability == (7, 5) and not re.search(r"RTX|\bT4G?\b", torch.cuda.get_device_name(device)):
+            return "fp32"
         return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if device.type == "cpu" and fast else "fp32"
@@ -1444,35 +1446,20 @@ def say(line):
 LOG_SECONDS = 30  # between the lines of a log file
 
 
-class Bar:
-    """Progress of `total` images: a bar on a terminal, else a line every LOG_SECONDS; only in rank 0."""
+class Lines:
+    """A file for tqdm where there is no terminal: what it writes becomes lines of say()."""
 
-    def __init__(self, title, total, done=0):
-        self.bar = tqdm(desc=title, total=total, initial=done, unit="img", leave=False,
-                        disable=RANK > 0 or None)
-        self.title = title
-        self.total = total
-        self.done = done
-        self.next_log = time.monotonic() + LOG_SECONDS
-        self.status = ""  # shown beside the number of images
-        self.close = self.bar.close
-
-    def update(self, count):
-        """`count` more images are done."""
-        self.done += count
-        self.bar.set_postfix_str(self.status, refresh=False)
-        self.bar.update(count)
-        if self.bar.disable and time.monotonic() >= self.next_log:
-            self.next_log = time.monotonic() + LOG_SECONDS
-            say(f"{self.title}: {self.done:,} of {self.total:,} images{self.status and ', '}{self.status}")
+    def write(self, text):
+        if text.strip():
+            say(text.strip())
 
 
-def warn_if_not_written(write, *arguments):
-    """write(*arguments), where a disk that is full or disconnected is no more than a warning."""
-    try:
-        write(*arguments)
-    except OSError as error:
-        say(f"warning: results could not be written ({error}); training goes on")
+def progress_bar(title, total, done=0, iterable=None):
+    """A tqdm of `total` images: a bar on a terminal, else a line every LOG_SECONDS; only in rank 0."""
+    lines = {"file": Lines(), "delay": LOG_SECONDS, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS,
+             "bar_format": "{desc}: {n:,} of {total:,} images{postfix}"}
+    return tqdm(iterable, desc=title, total=total, initial=done, unit="img", leave=False, disable=RANK > 0,
+                **{} if sys.stderr.isatty() else lines)
 
 
 def lock(path):
@@ -1496,9 +1483,26 @@ def replacing(path):
     try:
         with open(unfinished, "w+b") as file:
             yield file
+        for _ in range(10):  # on Windows a virus scanner or another program may have the old file open
+            with contextlib.suppress(PermissionError):
+                os.replace(unfinished, path)
+                return
+            time.sleep(0.1)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def result(path):
+    """Like replacing(), for a picture or table in the results: if it cannot be written, that is a warning."""
+    content = io.BytesIO()
+    yield content
+    try:
+        with replacing(path) as file:
+            file.write(content.getvalue())
+    except OSError as error:
+        say(f"warning: {path} could not be written ({error})")
 
 
 # -------------------------------------------------------------------------------------------------- main ----
@@ -1579,15 +1583,12 @@ def draw_samples(args, saved, device):
         old.unlink()
     settings = {"steps": args.sample_steps, "seed": args.seed,
                 "precision": choose_precision(args.precision, device)}
-    bar = Bar("drawing", args.sample)
     pictures = []
-    for first in range(0, args.sample, 64):
-        images = draw(model, min(64, args.sample - first), first=first, **settings)
-        for number, image in enumerate(images, first + 1):
-            to_image(image).save(folder / f"sample_{number:05d}.png")
-        bar.update(len(images))
-        pictures.extend(images[:max(0, 1024 - first)])
-    bar.close()
+    images = progress_bar("drawing", args.sample, iterable=draw(model, args.sample, **settings))
+    for number, image in enumerate(images, 1):
+        to_image(image).save(folder / f"sample_{number:05d}.png")
+        if number <= 1024:  # enough for the sample distance
+            pictures.append(image)
     grid = args.results / "samples.png"
     save_grid(pictures[:64], grid)
     draw_morph(model, args.results / "morph.webp", **settings)
@@ -1613,7 +1614,7 @@ def run_command(argv):
     args = read_settings(argv)
     with rank_0_first():
         args.results.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.results).close()  # OSError now, not after hours
+        write_nothing(args.results)  # OSError now, not after hours
         if not args.sample:
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             reserved = RANK > 0 or lock(args.checkpoint)  # while this function runs
@@ -1649,7 +1650,7 @@ def run_command(argv):
     announce(run, saved)
     stopped = train(run, stop_on_signal())
     if RANK == 0:
-        warn_if_not_written(write_page, args.results, run, "stopped" if stopped else "finished")
+        write_page(args.results, run, "stopped" if stopped else "finished")
     say(f"Stopped after {run.progress.step} steps, checkpoint saved: the same command resumes the run."
         if stopped else f"Done in {run.seconds() / 60:.1f} minutes. Open {args.results / 'index.html'}; "
         "--sample 64 draws more faces.")
@@ -1657,32 +1658,43 @@ def run_command(argv):
 
 
 def handle_signals(handler):
-    """Call handler(number, frame) for Ctrl-C, Ctrl-Break, SIGTERM and a closed terminal or window."""
+    """Call handler(number, frame) for Ctrl-C, Ctrl-Break, SIGTERM and a closed terminal. Windows ends the
+    program at once when its window is closed."""
     for name in ("SIGINT", "SIGBREAK", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # not every system has all of them
         ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # by nohup
-        if number and not ignored:  # SIGINT too is ignored in background jobs of a shell, which is not wanted
+        if number and not ignored:  # SIGINT too, which shells set to be ignored in background jobs
             signal.signal(number, handler)
 
 
 def stop_on_signal():
-    """A threading.Event that the first signal sets. A second Ctrl-C ends the program at once."""
+    """A threading.Event that the first signal sets. A Ctrl-C more than a second later ends the program at
+    once; notebooks send each one twice."""
     stop = threading.Event()
-    handle_signals(lambda number, _: os._exit(130) if number == signal.SIGINT and stop.is_set()
-                   else stop.set())
+    impatient_from = math.inf
+
+    def on_signal(number, _):
+        nonlocal impatient_from
+        if number == signal.SIGINT and time.monotonic() > impatient_from:
+            os._exit(130)
+        impatient_from = min(impatient_from, time.monotonic() + 1)
+        stop.set()
+
+    handle_signals(on_signal)
     return stop
 
 
 def main(argv=None):
     """Run the script on the command line `argv`. Returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # in IDLE and notebooks, streams have no settings
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     handle_signals(signal.default_int_handler)
     status = 1
     message = ""
     try:
         if PROCESSES > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's ends this process while it waits
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from torchrun, while it waits for the others
             join_processes()
         status = run_command(argv)
     except UserError as error:

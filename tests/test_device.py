@@ -49,6 +49,18 @@ def test_muon_steps_on_the_gpu(fake_cuda):
     assert moments and {moment.device for moment in moments} == {CUDA}
 
 
+@pytest.mark.parametrize("name, capability, precision", [
+    ("NVIDIA H100 80GB HBM3", (9, 0), "bf16"), ("NVIDIA GeForce RTX 3060", (8, 6), "bf16"),
+    ("Tesla T4", (7, 5), "fp16"), ("Quadro RTX 4000", (7, 5), "fp16"), ("Tesla V100-SXM2-16GB", (7, 0), "fp16"),
+    ("NVIDIA GeForce GTX 1650", (7, 5), "fp32"), ("NVIDIA T400 4GB", (7, 5), "fp32"), ("Tesla P100-PCIE-16GB", (6, 0), "fp32"),
+])
+def test_only_gpus_with_tensor_cores_train_in_low_precision(monkeypatch, name, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert scriptc.choose_precision("auto", CUDA) == precision
+    assert scriptc.memory_format(CUDA) == (torch.contiguous_format if precision == "fp32" else torch.channels_last)
+
+
 def test_more_processes_than_gpus_are_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -68,7 +80,7 @@ def test_a_gpu_that_cannot_compute_is_refused_in_a_sentence(monkeypatch):
 
 def test_weights_and_images_are_channels_last_except_on_an_apple_gpu():
     assert scriptc.memory_format(torch.device("mps")) == torch.contiguous_format
-    assert scriptc.memory_format(CUDA) == scriptc.memory_format(torch.device("cpu")) == torch.channels_last
+    assert scriptc.memory_format(torch.device("cpu")) == torch.channels_last
 
 
 def test_a_gpu_trains_resumes_and_draws(tmp_path):

@@ -281,7 +281,7 @@ def count_forward_on_gpu(counter, widths):
     gpu = torch.device("cuda", 0)
     with FakeTensorMode(), gpu:
         model = scriptc.SimpleUnet(widths, args.size)
-        layout = scriptc.memory_format(gpu)
+        layout = torch.channels_last
         for weight in model.parameters():
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=layout)
