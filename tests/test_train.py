@@ -606,7 +606,8 @@ def test_the_demo_draws_new_faces_for_another_size(tmp_path, monkeypatch):
 
 def test_a_clock_that_has_not_ticked_divides_nothing_by_zero(folder, monkeypatch):
     now = time.monotonic()
-    monkeypatch.setattr(scriptc.time, "monotonic", lambda: now)
+    clock = types.SimpleNamespace(monotonic=lambda: now, time=time.time, sleep=time.sleep)
+    monkeypatch.setattr(scriptc, "time", clock)
     assert here(folder, *SMALL, "--max-steps", 2) == 0
 
 
