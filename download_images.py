@@ -107,7 +107,7 @@ class Adapter(HTTPAdapter):
         self.aborted = True
         for sock in list(self.sockets):
             with suppress(OSError):  # closed already
-                sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)  # that below TLS
 
 
 def new_session():
@@ -119,10 +119,10 @@ def new_session():
 
 
 def fetch(session, url, timeout):
-    """The body (bytes) that `url` answers with; `timeout`: seconds of each silence. Raises RequestError."""
+    """The body (bytes) at `url`. `timeout`: seconds of silence, a quarter to connect. Raises RequestError."""
     try:
         for session.adapter.redirects in range(MAX_REDIRECTS + 1):  # counted for download()
-            with session.get(url, headers=HEADERS, timeout=timeout, stream=True) as response:
+            with session.get(url, headers=HEADERS, timeout=(timeout / 4, timeout), stream=True) as response:
                 if not response.is_redirect:
                     return read_body(response)
                 url = urljoin(response.url, response.headers["Location"].encode("latin-1").decode())
@@ -224,20 +224,20 @@ class Folder:
         return {path.name: path.stem for path in self.path.iterdir() if path.suffix.lower() in SUFFIXES}
 
     def save(self, stem, suffix, data):
-        """Write `data` to stem + suffix if it is new and wanted; return whether. Raises OSError, GiveUp."""
+        """Write `data` to stem + suffix if it is new, wanted; return whether. Raises RequestError, GiveUp."""
         with self.lock:
-            if self.known and (self.target - len(self.known) < 100 or len(self.known) % 32 == 0):
-                there = {stem: 0 for name, stem in self.image_files().items() if name not in self.broken}
-                self.known = there | self.known
-                self.check_disk()
-            if self.closed or stem in self.known or len(self.known) >= self.target:
-                return False
             part = self.path / f".{stem}.{os.urandom(4).hex()}.part"  # so that a kill leaves no half image
             try:
+                if self.known and (self.target - len(self.known) < 100 or len(self.known) % 32 == 0):
+                    self.known = {stem: self.known.get(stem, 0) for name, stem in self.image_files().items()
+                                  if stem in self.known or name not in self.broken}  # fmt: skip
+                    self.check_disk()
+                if self.closed or stem in self.known or len(self.known) >= self.target:
+                    return False
                 part.write_bytes(data)
                 with suppress(FileExistsError):  # on Windows: another run has just saved the same image
                     part.rename(self.path / (stem + suffix))
-            except (PermissionError, FileNotFoundError) as error:  # also while a virus scanner reads it
+            except OSError as error:  # for a while: a virus scanner reads the file, a network disk is away
                 raise RequestError(f"the image cannot be stored: {error}", permanent=True) from None
             finally:
                 with suppress(OSError):
@@ -261,7 +261,7 @@ class Folder:
         """Return how many images are still wanted, and their size in GB. Raises GiveUp if they do not fit."""
         rest = self.target - len(self.known)
         free = shutil.disk_usage(self.path).free
-        sizes = list(filter(None, self.known.values()))
+        sizes = [n for n in self.known.values() if 0 < n < 4 * self.guess + 1000]  # no originals with --size
         size = sum(sizes) / len(sizes) if sizes else self.guess
         if rest * size > free:
             text = (f"{self.path} has {free / 1e9:.2f} GB free, the {rest:,} images wanted need "
@@ -279,40 +279,39 @@ class Pace:
 
     `period` is the time between two requests. A new image makes it a little shorter, a repeat longer by seven
     times as much, so about one answer in eight is a repeat: the price of missing nothing. After a repeat the
-    next request follows soon: requests stay shortly behind the changes; a late one still finds its image.
-    An image that stays, and many new images without a repeat, change the period faster.
+    next request follows soon. An image that stays, and many new images in a row, change the period faster.
     """
 
     def __init__(self, max_rate):
         self.shortest = 1 / max_rate if max_rate else 0.0
         self.period = max(0.1, self.shortest)
         self.last = self.next_at = self.not_before = 0.0  # latest request; next by the period; none earlier
-        self.first_sent = {}  # the latest images: when the request left that first brought them
+        self.first_seen = {}  # the latest images: when the first answer with each of them arrived
         self.new_in_a_row = 1  # new images since the latest repeat
         self.trusted = float("inf")  # the period after that repeat
         self.error = None  # the latest
         self.errors = self.permanent = 0  # errors in a row; permanent ones in a row
         self.counts_from = 0.0  # failures of requests that left earlier say nothing new
 
-    def received(self, sent, key):
-        """The request that left at `sent` brought the image `key` (any hashable)."""
+    def received(self, sent, key, now):
+        """The request that left at `sent` brought the image `key` (any hashable) at `now`."""
         self.errors = self.permanent = 0
         self.counts_from = max(self.counts_from, sent)
-        if key not in self.first_sent:
-            self.first_sent[key] = sent
-            if len(self.first_sent) > 64:
-                del self.first_sent[next(iter(self.first_sent))]
+        if key not in self.first_seen:
+            self.first_seen[key] = now  # not `sent`: a request that is held up brings a newer image
+            if len(self.first_seen) > 64:
+                del self.first_seen[next(iter(self.first_seen))]
             self.trusted = self.trusted if self.new_in_a_row else self.period
             self.new_in_a_row = min(self.new_in_a_row + 1, 20)
             shrink = 0.05 / 7 * 2 ** max(0, self.new_in_a_row - 10)  # many: the site is probably faster
             self.period = wait = max(self.period * (1 - min(0.3, shrink)), self.shortest, 0.001)
         else:
-            shown = sent - self.first_sent[key]
+            shown = sent - self.first_seen[key]
             overdue = shown - self.period
             if overdue > 0:  # one image that stays may be a pause of the site: it can only double the period
                 self.period = min(shown, 2 * self.trusted)
+            self.period *= 1.05 if self.new_in_a_row else 1.0  # once for repeats in a row
             self.new_in_a_row = 0
-            self.period *= 1.05
             wait = max(self.period / 4, min(overdue / 2, 10.0), self.shortest)
         self.next_at = sent + wait if sent == self.last else self.next_at
 
@@ -326,7 +325,7 @@ class Pace:
             self.counts_from = now
             pause = min(0.2 * 2 ** min(self.errors - 1, 20), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
             self.not_before = max(self.not_before, now + pause)
-        if self.permanent >= MAX_PERMANENT_ERRORS and not self.first_sent:
+        if self.permanent >= MAX_PERMANENT_ERRORS and not self.first_seen:
             raise GiveUp(f"{error}, {self.permanent} times in a row")
 
 
@@ -348,12 +347,11 @@ class Display:
         self.updated_at = now
         done = len(self.folder.known)
         line = tqdm.format_meter(
-            done, max(done, self.folder.target), now - self.started, initial=done - self.counts["kept"],
-            unit=" images", ascii=" #",
-            ncols=os.get_terminal_size(sys.stderr.fileno()).columns - 1 if tty else None,
+            done, max(done, self.folder.target), now - self.started, unit=" images", ascii=" #",
+            ncols=(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1 if tty else None,
             bar_format="{n_fmt}/{total_fmt} " + "|{bar}| " * tty + "{rate_fmt}, {remaining} left{postfix}",
             postfix="{seen} seen again, {refused} refused".format_map(self.counts) + waiting,
-        )  # fmt: skip
+            initial=done - self.counts["kept"])  # fmt: skip
         show("\r" * tty + line, sys.stderr, end="" if tty and not final else "\n")
 
     def close(self):
@@ -383,18 +381,19 @@ def download(folder, args, display):
     idle = []  # sessions without a request
     while len(folder.known) < folder.target:
         now = time.monotonic()
-        if not pace.errors:
+        if not pace.errors or now - display.updated_at > LINE_EVERY + 30.0:  # or the computer was suspended
             works_at = now
             since = time.strftime("%H:%M")
-        elif now - works_at > (LONGEST_OUTAGE if pace.first_sent else GIVE_UP_AFTER):
+        elif now - works_at > (LONGEST_OUTAGE if pace.first_seen else GIVE_UP_AFTER):
             tried = f"{pace.errors} requests to {args.url} in {now - works_at:.0f} s brought no image"
             raise GiveUp(f"{tried}, none came since {since}; the last error: {pace.error}")
         for sent, session in in_flight.values():
             if now - sent > args.timeout:
                 session.adapter.abort()
-        limit = 1 if pace.errors else min(args.workers, folder.target - len(folder.known))
+        older = sum(sent < pace.counts_from for sent, _ in in_flight.values())  # than the latest error
+        limit = 1 + older if pace.errors else args.workers
         wait = max(pace.not_before, pace.last + pace.shortest, 0 if pace.errors else pace.next_at) - now
-        if wait <= 0 and len(in_flight) < limit:
+        if wait <= 0 and len(in_flight) < min(limit, args.workers, folder.target - len(folder.known)):
             session = idle.pop() if idle else new_session()
             in_flight[executor.submit(get_image, session, folder, args)] = now, session
             pace.last = now
@@ -409,9 +408,10 @@ def download(folder, args, display):
             try:
                 key, added = future.result()
                 display.counts["kept" if added else "seen"] += 1
-                pace.received(sent, key)
+                pace.received(sent, key, time.monotonic())
                 idle += [] if session.adapter.aborted else [session]
-            except RequestError as error:  # its session is not used again
+            except RequestError as error:
+                session.close()  # it is not used again
                 display.counts["refused" if error.permanent else "transient"] += 1
                 pace.failed(sent, error, time.monotonic())
             display.counts["requests"] += session.adapter.redirects

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import heapq
 import os
 import re
 import shutil
@@ -129,13 +130,15 @@ def test_an_image_that_another_run_has_just_saved_and_still_has_open_is_no_error
     assert_good(tmp_path, 3)
 
 
-def test_a_new_file_that_a_virus_scanner_has_open_does_not_end_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "The process cannot access the file"),
+                                   OSError(errno.EIO, "Input/output error")], ids=["virus scanner", "network disk"])
+def test_a_disk_that_fails_once_does_not_end_the_run(tmp_path, monkeypatch, error):
     renamed = []
 
     def scanned(path, target, rename=os.rename):
         renamed.append(target)
         if len(renamed) == 2:
-            raise PermissionError(errno.EACCES, "The process cannot access the file")
+            raise error
         rename(path, target)
 
     monkeypatch.setattr(Path, "rename", scanned)
@@ -143,6 +146,13 @@ def test_a_new_file_that_a_virus_scanner_has_open_does_not_end_the_run(tmp_path,
     with FakeSite(period=0) as site:
         assert main("--url", site.url, "--out", tmp_path, "--count", 3) == 0
     assert_good(tmp_path, 3)
+
+
+def test_an_image_that_the_user_removes_meanwhile_is_not_counted(tmp_path):
+    folder = download_images.Folder(tmp_path, 3, 1000)
+    assert folder.save("a", ".jpg", b"a") and folder.save("b", ".jpg", b"b")
+    (tmp_path / "a.jpg").unlink()
+    assert folder.save("c", ".jpg", b"c") and folder.known.keys() == {"b", "c"}
 
 
 def test_a_folder_deeper_than_260_characters_is_filled(tmp_path):
@@ -506,21 +516,22 @@ def test_redirects_count_as_requests_in_the_pace_whatever_follows_them(tmp_path)
 # ------------------------------------------------------------------ the pace, on a clock of its own
 
 
-def simulate(pace, change, seconds, latency=0.02, workers=16):
-    """Run `pace` against a site whose image at time t is change(t); returns (images seen, request times)."""
+def simulate(pace, change, seconds, latency=0.02, workers=16, held_up=lambda request: 0.0):
+    """Run `pace` against a site whose image at time t is change(t); returns (images seen, request times). Request i is
+    held up on its way for held_up(i) seconds."""
     now, seen, asked, pending = 0.0, [], [], []
     while now < seconds:
         due = max(pace.next_at, now)
-        if len(pending) < workers and not (pending and pending[0] <= due - latency):
+        if len(pending) < workers and not (pending and pending[0][0] <= due):
             now = due
             pace.last, pace.next_at = now, now + pace.period
             asked.append(now)
-            pending.append(now)
+            heapq.heappush(pending, (now + held_up(len(asked)) + latency, now))
         else:
-            sent = pending.pop(0)
-            now = max(now, sent + latency)
-            seen.append(change(sent + latency / 2))
-            pace.received(sent, seen[-1])
+            arrives, sent = heapq.heappop(pending)
+            now = max(now, arrives)
+            seen.append(change(arrives - latency / 2))
+            pace.received(sent, seen[-1], now)
     return seen, asked
 
 
@@ -554,6 +565,11 @@ def test_it_is_back_in_step_soon_after_the_site_stood_still():
     assert len({i for i in seen if i >= 150}) >= 0.98 * (max(seen) - 150)
     assert sum(100 < t < 700 for t in asked) <= 100
     assert min(i for i in seen if i > 100) < 100 + 10
+
+
+def test_requests_that_are_held_up_cost_few_images():
+    seen, asked = simulate(Pace(20), lambda t: int(t), 2000, latency=0.2, held_up=lambda request: 3.0 * (request % 100 == 0))
+    assert len({image for image in seen if image >= 20}) >= 0.98 * 1980 and len(asked) <= 1.25 * 2000
 
 
 def test_it_asks_side_by_side_where_every_answer_is_new():
