@@ -854,7 +854,7 @@ def fill_cache(path, record_type, root, files):
         out.seek(whole * record_type.itemsize)  # over a record that was cut off
         decoded = pool.imap(lambda path: decode(path, size), paths)
         bar = progress_bar(f"reading images at {size} px", len(files), iterable=decoded)
-        for key, pixels in zip(files, bar):
+        for pixels, key in zip(bar, files):
             if isinstance(pixels, str):
                 reasons[key] = pixels
             else:
@@ -864,12 +864,12 @@ def fill_cache(path, record_type, root, files):
 
 def can_be_written(folder):
     with contextlib.suppress(OSError):
-        write_nothing(folder)
+        try_writing(folder)
         return True
     return False
 
 
-def write_nothing(folder):
+def try_writing(folder):
     """OSError if no file can be made in `folder`. tempfile would try for ever there, on Windows before Python
     3.13 (CPython issue 66305)."""
     path = pathlib.Path(folder, f".{os.getpid()}.tmp")
@@ -1013,9 +1013,10 @@ def draw_pictures(run, stop):
     paths = [folder / name for *_, name in grids(folder, history)]
     pictures = []
     for number in np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int)):
-        with contextlib.suppress(OSError):  # a grid that a power cut has cut off
+        with contextlib.suppress(OSError, IndexError):  # a grid that a power cut has cut off; there is none
             pictures.append(Image.open(paths[number]).convert("RGB"))
-    save_animation(pictures, folder / "progress.webp", last=2500)
+    if pictures:
+        save_animation(pictures, folder / "progress.webp", last=2500)
 
 
 def save_denoising(model, path, columns=10, **settings):
@@ -1614,7 +1615,7 @@ def run_command(argv):
     args = read_settings(argv)
     with rank_0_first():
         args.results.mkdir(parents=True, exist_ok=True)
-        write_nothing(args.results)  # OSError now, not after hours
+        try_writing(args.results)  # OSError now, not after hours
         if not args.sample:
             args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             reserved = RANK > 0 or lock(args.checkpoint)  # while this function runs
