@@ -34,7 +34,7 @@ import sys
 import threading
 import warnings
 import zipfile
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -846,19 +846,21 @@ def fill_cache(path, record_type, root, files):
     read; every start tries them again. The next start resumes where this one is interrupted."""
     reasons = {}
     size = record_type["pixels"].shape[0]
-    paths = [os.path.join(root, name) for name in files.values()]
-    with (open(path, "r+b" if path.exists() else "xb") as out, ThreadPool() as pool,
-          warnings.catch_warnings()):
+    bar = progress_bar(f"reading images at {size} px", len(files))
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with open(path, "r+b" if path.exists() else "xb") as out, pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about single files
         whole = out.seek(0, os.SEEK_END) // record_type.itemsize
         out.seek(whole * record_type.itemsize)  # over a record that was cut off
-        decoded = pool.imap(lambda path: decode(path, size), paths)
-        bar = progress_bar(f"reading images at {size} px", len(files), iterable=decoded)
-        for pixels, key in zip(bar, files):
-            if isinstance(pixels, str):
-                reasons[key] = pixels
-            else:
-                out.write(key + pixels.tobytes())
+        for chunk in np.array_split([*files], math.ceil(len(files) / 256)):  # all at once would fill memory
+            paths = [os.path.join(root, files[key]) for key in chunk.tolist()]
+            for key, pixels in zip(chunk.tolist(), pool.map(decode, paths, [size] * len(paths))):
+                if isinstance(pixels, str):
+                    reasons[key] = pixels
+                else:
+                    out.write(key + pixels.tobytes())
+                bar.update(1)
+    bar.close()
     return reasons
 
 
