@@ -714,7 +714,7 @@ def look(run, bar):
     total, count = run.losses.tolist()
     run.losses.zero_()
     bar.set_postfix_str(f"loss {total / max(count, 1):.4f}, "
-                        f"{run.seconds_left() / 60:.1f} minutes left in all")
+                        f"{run.seconds_left() / 60:.1f} minutes left in all", refresh=False)
     if time.monotonic() >= run.next_look:  # not after every epoch, which may be one step
         write_page(run.args.results, run, "training")
         run.next_look = time.monotonic() + LOOK_SECONDS
