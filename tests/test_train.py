@@ -120,6 +120,7 @@ def test_output_to_a_file_is_lines_without_control_characters(folder):
     done = run(folder, *SMALL, "--max-steps", 2)
     assert done.stdout.count("\n") > 5 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
     assert done.stderr == ""
+    assert not re.search(r"^epoch 1: \d+ of", done.stdout, re.M)  # not before LOG_SECONDS
 
 
 def test_a_log_file_gets_a_line_of_progress_now_and_then(folder, monkeypatch, capsys):
