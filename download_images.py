@@ -107,7 +107,7 @@ class Adapter(HTTPAdapter):
         self.aborted = True
         for sock in list(self.sockets):
             with suppress(OSError):  # closed already
-                socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)  # that below TLS
+                socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)  # below TLS
 
 
 def new_session():
@@ -119,7 +119,7 @@ def new_session():
 
 
 def fetch(session, url, timeout):
-    """The body (bytes) at `url`. `timeout`: seconds of silence, a quarter to connect. Raises RequestError."""
+    """The bytes at `url`. `timeout`: seconds of a silence, a quarter of it to connect. Raises RequestError."""
     try:
         for session.adapter.redirects in range(MAX_REDIRECTS + 1):  # counted for download()
             with session.get(url, headers=HEADERS, timeout=(timeout / 4, timeout), stream=True) as response:
@@ -224,7 +224,7 @@ class Folder:
         return {path.name: path.stem for path in self.path.iterdir() if path.suffix.lower() in SUFFIXES}
 
     def save(self, stem, suffix, data):
-        """Write `data` to stem + suffix if it is new, wanted; return whether. Raises RequestError, GiveUp."""
+        """Write `data` to stem + suffix if new and wanted; return whether. Raises RequestError, GiveUp."""
         with self.lock:
             part = self.path / f".{stem}.{os.urandom(4).hex()}.part"  # so that a kill leaves no half image
             try:
@@ -237,7 +237,7 @@ class Folder:
                 part.write_bytes(data)
                 with suppress(FileExistsError):  # on Windows: another run has just saved the same image
                     part.rename(self.path / (stem + suffix))
-            except OSError as error:  # for a while: a virus scanner reads the file, a network disk is away
+            except OSError as error:  # often passing: a virus scanner reads the file, a network disk is away
                 raise RequestError(f"the image cannot be stored: {error}", permanent=True) from None
             finally:
                 with suppress(OSError):
@@ -261,7 +261,7 @@ class Folder:
         """Return how many images are still wanted, and their size in GB. Raises GiveUp if they do not fit."""
         rest = self.target - len(self.known)
         free = shutil.disk_usage(self.path).free
-        sizes = [n for n in self.known.values() if 0 < n < 4 * self.guess + 1000]  # no originals with --size
+        sizes = [n for n in self.known.values() if 0 < n < 4 * self.guess + 1000]  # with --size, no originals
         size = sum(sizes) / len(sizes) if sizes else self.guess
         if rest * size > free:
             text = (f"{self.path} has {free / 1e9:.2f} GB free, the {rest:,} images wanted need "

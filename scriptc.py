@@ -872,8 +872,8 @@ def can_be_written(folder):
 
 
 def try_writing(folder):
-    """OSError if no file can be made in `folder`. tempfile would try for ever there, on Windows before Python
-    3.13 (CPython issue 66305)."""
+    """Make and remove a file in `folder`; OSError if that fails. On Windows, tempfile of older Pythons would
+    try without end instead (CPython issue 66305)."""
     path = pathlib.Path(folder, f".{os.getpid()}.tmp")
     path.touch()
     path.unlink(missing_ok=True)
@@ -1015,7 +1015,7 @@ def draw_pictures(run, stop):
     paths = [folder / name for *_, name in grids(folder, history)]
     pictures = []
     for number in np.unique(np.linspace(0, len(paths) - 1, 60).round().astype(int)):
-        with contextlib.suppress(OSError, IndexError):  # a grid that a power cut has cut off; there is none
+        with contextlib.suppress(OSError, IndexError):  # a grid is damaged, or there is none
             pictures.append(Image.open(paths[number]).convert("RGB"))
     if pictures:
         save_animation(pictures, folder / "progress.webp", last=2500)
@@ -1450,7 +1450,7 @@ LOG_SECONDS = 30  # between the lines of a log file
 
 
 class Lines:
-    """A file for tqdm where there is no terminal: what it writes becomes lines of say()."""
+    """A file for tqdm where there is no terminal: it prints what tqdm shows as single lines."""
 
     def write(self, text):
         if text.strip():
@@ -1498,7 +1498,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def result(path):
-    """Like replacing(), for a picture or table in the results: if it cannot be written, that is a warning."""
+    """Like replacing(), for a picture or table in the results: a failure to write it is only a warning."""
     content = io.BytesIO()
     yield content
     try:
@@ -1666,13 +1666,13 @@ def handle_signals(handler):
     for name in ("SIGINT", "SIGBREAK", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # not every system has all of them
         ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # by nohup
-        if number and not ignored:  # SIGINT too, which shells set to be ignored in background jobs
+        if number and not ignored:  # SIGINT too: shells start background jobs with it ignored
             signal.signal(number, handler)
 
 
 def stop_on_signal():
     """A threading.Event that the first signal sets. A Ctrl-C more than a second later ends the program at
-    once; notebooks send each one twice."""
+    once. An earlier one does not, since notebooks send each Ctrl-C twice."""
     stop = threading.Event()
     impatient_from = math.inf
 
@@ -1697,7 +1697,7 @@ def main(argv=None):
     message = ""
     try:
         if PROCESSES > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from torchrun, while it waits for the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it while this process waits
             join_processes()
         status = run_command(argv)
     except UserError as error:
