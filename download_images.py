@@ -119,7 +119,7 @@ def new_session():
 
 
 def fetch(session, url, timeout):
-    """The bytes at `url`. `timeout`: seconds of a silence, a quarter of it to connect. Raises RequestError."""
+    """The bytes at `url`. `timeout`: seconds of a silence, a quarter to connect. Raises RequestError."""
     try:
         for session.adapter.redirects in range(MAX_REDIRECTS + 1):  # counted for download()
             with session.get(url, headers=HEADERS, timeout=(timeout / 4, timeout), stream=True) as response:
