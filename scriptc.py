@@ -373,9 +373,11 @@ def autocast(device, precision):
 
 
 def memory_format(device):
-    """The layout of images and weights for `device`: channels last, except where that is slow, on Apple GPUs
-    (pytorch issues 193349 and 193623) and on NVIDIA GPUs without tensor cores (issue 44943)."""
-    slow = device.type == "mps" or device.type == "cuda" and choose_precision("auto", device) == "fp32"
+    """The layout of images and weights for `device`: channels last, except where that is slow: on Apple GPUs
+    (pytorch issues 193349 and 193623), on NVIDIA GPUs without tensor cores (issue 44943), and on CPUs with
+    bf16, where the backward pass of group norm takes up to 25 times as long (bench_step.py norm)."""
+    precision = choose_precision("auto", device)
+    slow = device.type == "mps" or (device.type, precision) in (("cuda", "fp32"), ("cpu", "bf16"))
     return torch.contiguous_format if slow else torch.channels_last
 
 
@@ -669,7 +671,7 @@ def training_step(run, numbers, done):
         optimizer.found_inf = (~finite).float()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.args.lr, done)
-        with autocast(run.device, "fp16" if run.precision == "fp16" else "fp32"):  # Muon's matrix products
+        with autocast(run.device, run.precision):  # Muon's matrix products
             if run.device.type != "mps" or finite:  # there, torch's Adam does not look at found_inf
                 optimizer.step()
     run.scaler.update()

@@ -78,9 +78,13 @@ def test_a_gpu_that_cannot_compute_is_refused_in_a_sentence(monkeypatch):
         scriptc.choose_device(None)
 
 
-def test_weights_and_images_are_channels_last_except_on_an_apple_gpu():
+def test_weights_and_images_are_channels_last_except_on_an_apple_gpu_and_where_a_cpu_trains_in_bf16(monkeypatch):
     assert scriptc.memory_format(torch.device("mps")) == torch.contiguous_format
-    assert scriptc.memory_format(torch.device("cpu")) == torch.channels_last
+    for has_bf16, precision, layout in ((True, "bf16", torch.contiguous_format), (False, "fp32", torch.channels_last)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert scriptc.choose_precision("auto", torch.device("cpu")) == precision
+        assert scriptc.memory_format(torch.device("cpu")) == layout
 
 
 def test_a_gpu_trains_resumes_and_draws(tmp_path):

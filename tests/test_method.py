@@ -220,6 +220,15 @@ def test_matrices_are_orthogonalized_together_as_one_by_one(shape):
         assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.4
 
 
+@pytest.mark.parametrize("precision, most", [("bf16", 0.05), ("fp16", 0.01)])
+def test_matrices_are_orthogonalized_in_low_precision_almost_as_well(precision, most):
+    matrices = torch.randn(2, 64, 576, generator=torch.Generator().manual_seed(0))
+    with scriptc.autocast(matrices.device, precision):
+        found = scriptc.orthogonalize(matrices).float()
+    exact = scriptc.orthogonalize(matrices.double()).float()
+    assert (found - exact).norm() < most * exact.norm()
+
+
 def test_muon_updates_kernels_of_equal_shape_together_as_one_by_one():
     stream = torch.Generator().manual_seed(0)
     kernels = [torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=stream).to(memory_format=torch.channels_last))

@@ -1,7 +1,7 @@
 """How fast a training step and sampling are: against the copied notebook, and against the fastest convolution here.
 
     python tests/benchmarks/bench_step.py                          two cores: about ten minutes
-    python tests/benchmarks/bench_step.py --size 32 --only step    some of the parts: step, sampling, loop, start, launches
+    python tests/benchmarks/bench_step.py --size 32 --only step    only some of the parts (--help lists them)
     python tests/benchmarks/bench_step.py --device cuda            a GPU
 
 Everything that is compared runs in turn, several times; the tables give medians. "ours" is training_step of scriptc.py.
@@ -252,6 +252,23 @@ def bench_start():
         f"{taken['start'] / (1.3 * taken['import'] + 1):.2f}")
 
 
+def bench_norm():
+    """Group norm, forward and backward, of features as wide as those of each level, in both layouts."""
+    row("group norm of 32 images, forward and backward", "precision", "channels last, ms", "channels first, ms", "ratio")
+    row(*["---"] * 5)
+    for level, width in enumerate(channels):
+        side = args.size >> level
+        for precision in sorted({scriptc.choose_precision("auto", device), "fp32"}):
+            works = {}
+            for layout in (torch.channels_last, torch.contiguous_format):
+                x = torch.randn(32, width, side, side, device=device, dtype=FORMATS[precision])
+                x = x.contiguous(memory_format=layout).requires_grad_()
+                norm = scriptc.Norm(8, width).to(device)
+                works[layout] = lambda x=x, norm=norm: norm(x).backward(x.detach())
+            last, first = seconds(works, 2 * args.repeats).values()
+            row(f"{width} channels, {side} px", precision, f"{1e3 * last:.2f}", f"{1e3 * first:.2f}", f"{last / first:.1f}")
+
+
 class Counter(TorchDispatchMode):
     """Counts operations and bytes by section and kind; `section` is set from outside, except for the backward pass."""
 
@@ -367,7 +384,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parts = {"step": bench_step, "sampling": bench_sampling, "loop": bench_loop, "start": bench_start,
-             "launches": bench_launches}
+             "norm": bench_norm, "launches": bench_launches}
     parser.add_argument("parts", nargs="*", metavar="PART", help="as --only")
     parser.add_argument("--only", nargs="+", default=[*parts], choices=[*parts])
     args = parser.parse_args()
