@@ -375,7 +375,7 @@ def autocast(device, precision):
 def memory_format(device):
     """The layout of images and weights for `device`: channels last, except where that is slow: on Apple GPUs
     (pytorch issues 193349 and 193623), on NVIDIA GPUs without tensor cores (issue 44943), and on CPUs with
-    bf16, where the backward pass of group norm takes up to 25 times as long (bench_step.py norm)."""
+    bf16, where group norm takes up to 20 times as long in that layout (bench_step.py norm)."""
     precision = choose_precision("auto", device)
     slow = device.type == "mps" or (device.type, precision) in (("cuda", "fp32"), ("cpu", "bf16"))
     return torch.contiguous_format if slow else torch.channels_last
