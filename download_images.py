@@ -119,7 +119,7 @@ def new_session():
 
 
 def fetch(session, url, timeout):
-    """The bytes at `url`. `timeout`: seconds of a silence, a quarter to connect. Raises RequestError."""
+    """The bytes at `url`. `timeout`: most seconds without data, a quarter to connect. Raises RequestError."""
     try:
         for session.adapter.redirects in range(MAX_REDIRECTS + 1):  # counted for download()
             with session.get(url, headers=HEADERS, timeout=(timeout / 4, timeout), stream=True) as response:
@@ -237,7 +237,7 @@ class Folder:
                 part.write_bytes(data)
                 with suppress(FileExistsError):  # on Windows: another run has just saved the same image
                     part.rename(self.path / (stem + suffix))
-            except OSError as error:  # often passing: a virus scanner reads the file, a network disk is away
+            except OSError as error:  # often temporary: a virus scanner, or a network disk that is away
                 raise RequestError(f"the image cannot be stored: {error}", permanent=True) from None
             finally:
                 with suppress(OSError):

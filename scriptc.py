@@ -874,8 +874,8 @@ def can_be_written(folder):
 
 
 def try_writing(folder):
-    """Make and remove a file in `folder`; OSError if that fails. On Windows, tempfile of older Pythons would
-    try without end instead (CPython issue 66305)."""
+    """Make and remove a file in `folder`; OSError if that fails. On Windows, tempfile of Python 3.10 to 3.12
+    would try again forever instead (CPython issue 66305)."""
     path = pathlib.Path(folder, f".{os.getpid()}.tmp")
     path.touch()
     path.unlink(missing_ok=True)
@@ -1452,7 +1452,7 @@ LOG_SECONDS = 30  # between the lines of a log file
 
 
 class Lines:
-    """A file for tqdm where there is no terminal: it prints what tqdm shows as single lines."""
+    """A file for tqdm where there is no terminal: it prints each state of the bar as a line of its own."""
 
     def write(self, text):
         if text.strip():

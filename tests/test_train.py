@@ -772,7 +772,7 @@ scriptc.keep_weights_equal(run)
 sums = torch.stack([weight.double().sum() for weight in run.weights]).tolist()
 pathlib.Path(__file__).with_name(f"sums_{scriptc.RANK}").write_text(repr(sums))
 sys.stdout.flush()
-os._exit(0)  # as main() does: a thread of the group may abort a process that ends in another way
+os._exit(0)  # as main() does: at a normal exit, a thread of the process group may abort the process
 """
 
 
