@@ -123,7 +123,7 @@ def build_parser(**options):
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: by hardware")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="use torch.compile: the first step takes minutes, later ones may be faster (default: no)")
+        help="use torch.compile: the first step takes minutes; on a CPU no step is faster (default: no)")
     return parser
 
 
@@ -496,7 +496,7 @@ class Run:
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.eval().requires_grad_(False)
         if args.compile:
-            self.model.compile()  # for each size of batch: those of an epoch differ by one image
+            self.model.compile(dynamic=True)  # once for all sizes of batches: those of an epoch differ by one
         self.weights = list(self.model.parameters())
         self.averages = list(self.ema.parameters())
         self.optimizers = build_optimizers(self.model, args.lr)
@@ -1366,7 +1366,6 @@ def choose_device(name):
     if local_rank >= torch.cuda.device_count():
         raise UserError("there are more processes than CUDA GPUs: start torchrun with "
                         f"--nproc_per_node={torch.cuda.device_count()}")
-    torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm for each convolution
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         torch.cuda.set_device(local_rank)
