@@ -366,10 +366,12 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --precision
+
+
 def autocast(device, precision):
-    """The context in which the network computes in `precision` ("fp32", "bf16" or "fp16") on `device`."""
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, formats.get(precision), enabled=precision in formats)
+    """The context in which the network computes in `precision`, a name of DTYPES, on `device`."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def memory_format(device):
@@ -398,15 +400,15 @@ LINE_SECONDS = 5  # least time between the lines of two epochs; metrics.csv is w
 NEWTON_SCHULZ = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 
-def orthogonalize(x):
-    """Matrices x = U S V' (N, rows, columns) to about U V', by Newton-Schulz iterations.
+def orthogonalize(x, dtype):
+    """Matrices x = U S V' (N, rows, columns) to about U V', by Newton-Schulz iterations in `dtype`.
 
     Each one multiplies x by a polynomial in x x'. The polynomials are multiplied first and x last, since x x'
     has only the shorter side of x, which in a 3 x 3 convolution of equal widths is a ninth of the longer one.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+        return orthogonalize(x.mT, dtype).mT
+    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     gram = x @ x.mT
     polynomial = product = None
     for a, b, c in NEWTON_SCHULZ:
@@ -425,16 +427,18 @@ class Muon(torch.optim.Optimizer):
     The momentum of a kernel's gradient, a matrix (outputs, K x K x inputs), is orthogonalized before it is
     subtracted, so that an update is as large in rare directions as in common ones. With the factor 0.2
     sqrt(longer side) (Liu et al. 2025, arXiv:2502.16982) its entries are as large as Adam's, and one learning
-    rate serves both. Kernels of equal shape are one parameter group and are updated together.
+    rate serves both. Kernels of equal shape are one parameter group and are updated together. The matrix
+    products are in `dtype`.
 
     Where `found_inf`, a tensor (), is 1, nothing changes, as in torch's fused optimizers.
     """
 
-    def __init__(self, kernels, lr):
+    def __init__(self, kernels, lr, dtype=torch.float32):
         groups = {}
         for kernel in kernels:
             groups.setdefault(kernel.shape, []).append(kernel)
         super().__init__([{"params": group} for group in groups.values()], {"lr": lr})
+        self.dtype = dtype
         self.found_inf = torch.zeros((), device=kernels[0].device)
 
     @torch.no_grad()
@@ -446,19 +450,21 @@ class Muon(torch.optim.Optimizer):
             momentum = state.setdefault("momentum", torch.zeros_like(gradient))
             gradient = torch.where(self.found_inf > 0, momentum, gradient)
             momentum.lerp_(gradient, 1 - MOMENTUM)
-            update = orthogonalize(gradient.lerp_(momentum, MOMENTUM)).float()
+            update = orthogonalize(gradient.lerp_(momentum, MOMENTUM), self.dtype).float()
             update *= (1 - self.found_inf) * (0.2 * math.sqrt(max(update.shape[1:])) * group["lr"])
             sides = kernels[0].shape[2:]
             updates = [matrix.unflatten(1, (*sides, -1)).permute(0, 3, 1, 2) for matrix in update]
             torch._foreach_sub_(kernels, updates)
 
 
-def build_optimizers(model, lr):
-    """Muon for convolution kernels, Adam for all other weights and for the layers that meet pixels."""
+def build_optimizers(model, lr, dtype):
+    """Muon for convolution kernels, with matrix products in `dtype`; Adam for all other weights and for the
+    layers that meet pixels."""
     plain = {*model.first.parameters(), *model.last.parameters()}
     kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
     others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
-    return {"muon": Muon(kernels, lr), "adam": torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=True)}
+    adam = torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=True)
+    return {"muon": Muon(kernels, lr, dtype), "adam": adam}
 
 
 def learning_rate(highest, done):
@@ -499,7 +505,7 @@ class Run:
             self.model.compile(dynamic=True)  # once for all sizes of batches: those of an epoch differ by one
         self.weights = list(self.model.parameters())
         self.averages = list(self.ema.parameters())
-        self.optimizers = build_optimizers(self.model, args.lr)
+        self.optimizers = build_optimizers(self.model, args.lr, DTYPES[self.precision])
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.cumulative = timestep_probabilities(args.timesteps, args.image_size).cumsum(0).float().to(device)
         self.losses = torch.zeros(2, device=device)  # sum and number of the losses since the last look
@@ -671,9 +677,8 @@ def training_step(run, numbers, done):
         optimizer.found_inf = (~finite).float()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.args.lr, done)
-        with autocast(run.device, run.precision):  # Muon's matrix products
-            if run.device.type != "mps" or finite:  # there, torch's Adam does not look at found_inf
-                optimizer.step()
+        if run.device.type != "mps" or finite:  # there, torch's Adam does not look at found_inf
+            optimizer.step()
     run.scaler.update()
     run.progress.step += 1
     run.progress.images_seen += len(numbers)

@@ -45,7 +45,7 @@ def bottleneck_of_two():
 
 
 def adam_for_every_weight():
-    scriptc.build_optimizers = lambda model, lr: {
+    scriptc.build_optimizers = lambda model, lr, dtype: {
         "adam": torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99), fused=True)}
 
 

@@ -43,8 +43,6 @@ sys.path.insert(0, str(ROOT))
 import scriptc  # noqa: E402
 from fake_face.draw_faces import fill_folder  # noqa: E402
 
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 class NotebookBlock(nn.Module):
     """Two convolutions with batch normalisation, the time added in between, then a strided convolution."""
@@ -148,7 +146,7 @@ def notebook_step(batch, base, precision):
 
 def fastest_convolution(precision):
     """The fastest 3 x 3 convolution, on its own, in `precision`: a function that computes it, and its FLOPs."""
-    dtype = FORMATS[precision]
+    dtype = scriptc.DTYPES[precision]
     works, count = {}, {}
     for width, side in {(128, 32), *((width, args.size >> level) for level, width in enumerate(channels))}:
         for batch in (32, 128):
@@ -261,7 +259,7 @@ def bench_norm():
         for precision in sorted({scriptc.choose_precision("auto", device), "fp32"}):
             works = {}
             for layout in (torch.channels_last, torch.contiguous_format):
-                x = torch.randn(32, width, side, side, device=device, dtype=FORMATS[precision])
+                x = torch.randn(32, width, side, side, device=device, dtype=scriptc.DTYPES[precision])
                 x = x.contiguous(memory_format=layout).requires_grad_()
                 norm = scriptc.Norm(8, width).to(device)
                 works[layout] = lambda x=x, norm=norm: norm(x).backward(x.detach())
@@ -338,7 +336,7 @@ def bench_launches():
     if device.type == "cuda":
         row("step on the GPU", "ms", "kernels", "ms in kernels", "TFLOP/s", "of a large matrix product", "GiB")
         row(*["---"] * 7)
-        for precision in FORMATS:
+        for precision in scriptc.DTYPES:
             bench_gpu(precision)
 
 
@@ -349,7 +347,7 @@ def bench_gpu(precision, batch=64, side=8192):
     step = our_step(batch, precision)
     step()
     memory = torch.cuda.max_memory_allocated() / 2**30
-    left, right = torch.randn(2, side, side, device=device, dtype=FORMATS[precision])
+    left, right = torch.randn(2, side, side, device=device, dtype=scriptc.DTYPES[precision])
     taken = seconds({"step": lambda: [step() for _ in range(10)], "product": lambda: [left @ right for _ in range(10)]},
                     args.repeats)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
