@@ -20,6 +20,7 @@ START = time.monotonic()  # before the slow imports, since --minutes includes th
 
 import argparse
 import contextlib
+import copy
 import datetime
 import hashlib
 import io
@@ -478,7 +479,7 @@ NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
     "images_seen": 0,
     "images_in_epoch": 0,  # those of images_seen that belong to the current epoch
     "seconds": 0.0,  # of all starts together, start-up included
-    "seconds_at_first_step": 0.0,
+    "seconds_at_first_step": 0.0,  # at its end: it may have compiled the network
     "seconds_of_drawing": 0.0,  # of the latest pictures, with metrics; 0 before the first ones
     "seconds_of_saving": 0.0,  # of the latest checkpoint
     "history": [],  # rows of metrics.csv
@@ -495,12 +496,11 @@ class Run:
         self.args = args
         self.device = device
         self.precision = choose_precision(args.precision, device)
-        self.progress = argparse.Namespace(**NEW_RUN | {"history": []})
+        self.progress = argparse.Namespace(**copy.deepcopy(NEW_RUN))
         torch.manual_seed(args.seed)
         self.model = build_network(vars(args), device)
-        self.ema = build_network(vars(args), device)  # the average of the weights, which draws the pictures
-        self.ema.load_state_dict(self.model.state_dict())
-        self.ema.eval().requires_grad_(False)
+        # the network with the average of the weights, which draws the pictures
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if args.compile:
             self.model.compile(dynamic=True)  # once for all sizes of batches: those of an epoch differ by one
         self.weights = list(self.model.parameters())
@@ -537,10 +537,9 @@ class Run:
 
     def open_images(self):
         """Find the images, continue where `progress` says. UserError if processes find different ones."""
-        args = self.args
         progress = self.progress
         with rank_0_first():
-            names, self.faces, self.skipped = load_images(args, self.device)
+            names, self.faces, self.skipped = load_images(self.args, self.device)
         self.train_numbers, *self.compared = split(names)
         images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
                                      .encode()).hexdigest()
@@ -559,10 +558,10 @@ class Run:
         return self.progress.seconds + time.monotonic() - START
 
     def done(self):
-        """The part of the run that is done, 0 to 1, by epochs, steps or the clock. Time counts from the first
-        step, and some is reserved for the last pictures and checkpoint: twice what the latest ones took, at
-        most half of all. Before there are pictures, theirs is estimated: a network evaluation of an image
-        takes a third of its training step."""
+        """The part of the run that is done, 0 to 1, by epochs, steps or the clock. Time counts from the end
+        of the first step, and some is reserved for the last pictures and checkpoint: twice what the latest
+        ones took, at most half of all. Before there are pictures, theirs is estimated: a network evaluation
+        of an image takes a third of its training step."""
         progress = self.progress
         args = self.args
         epochs_done = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
@@ -581,10 +580,10 @@ class Run:
 
     def state(self, finished):
         """What a checkpoint holds, on the CPU."""
-        progress = vars(self.progress) | {"seconds": self.seconds()}
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        state = {**progress, "version": VERSION, "finished": finished, "scaler": self.scaler.state_dict(),
-                 "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizers,
+        state = {**vars(self.progress), "seconds": self.seconds(), "version": VERSION, "finished": finished,
+                 "model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                 "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                 "scaler": self.scaler.state_dict(),
                  "config": {name: vars(self.args)[name] for name in STORED}}
         return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
 
@@ -735,6 +734,9 @@ def end_epoch(run, at_end, stop):
     begun = time.monotonic()
     if progress.images_in_epoch:
         losses = [compared_loss(run, numbers) for numbers in run.compared]
+        if not math.isfinite(sum(losses)):
+            raise UserError("the loss is not finite any more: resume the checkpoint with a lower --lr or "
+                            "with --precision fp32")
         rate = run.optimizers["adam"].param_groups[0]["lr"]
         history.append([progress.epoch + 1, progress.step, progress.images_seen, *losses, None, rate,
                         run.speed, run.seconds()])
@@ -767,8 +769,8 @@ def train(run, stop):
             done, stopped, saving = broadcast(run.done(), stop.is_set(), saving)
             if stopped or done >= 1:
                 break
-            progress.seconds_at_first_step = progress.seconds_at_first_step or run.seconds()
             training_step(run, numbers, done)
+            progress.seconds_at_first_step = progress.seconds_at_first_step or run.seconds()
             if saving:
                 save(run)
             bar.update(len(numbers))
@@ -853,9 +855,10 @@ def fill_cache(path, record_type, root, files):
     read; every start tries them again. The next start resumes where this one is interrupted."""
     reasons = {}
     size = record_type["pixels"].shape[0]
-    bar = progress_bar(f"reading images at {size} px", len(files))
-    pool = ThreadPoolExecutor(os.cpu_count())
-    with open(path, "r+b" if path.exists() else "xb") as out, pool, warnings.catch_warnings():
+    with (open(path, "r+b" if path.exists() else "xb") as out,
+          progress_bar(f"reading images at {size} px", len(files)) as bar,
+          ThreadPoolExecutor(os.cpu_count()) as pool,
+          warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # Pillow's, about single files
         whole = out.seek(0, os.SEEK_END) // record_type.itemsize
         out.seek(whole * record_type.itemsize)  # over a record that was cut off
@@ -867,7 +870,6 @@ def fill_cache(path, record_type, root, files):
                 else:
                     out.write(key + pixels.tobytes())
                 bar.update(1)
-    bar.close()
     return reasons
 
 
@@ -1390,7 +1392,7 @@ def choose_precision(name, device):
     RTX and T4 GPUs have them, and others, such as the GTX 16 ones, are known for NaN in fp16 (pytorch issue
     58123)."""
     if name == "fp16" and device.type == "mps":
-        raise UserError("PyTorch cannot scale losses for fp16 on an Apple GPU: leave out --precision")
+        raise UserError("PyTorch cannot scale losses for fp16 on an Apple GPU: give --precision fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -1680,13 +1682,12 @@ def stop_on_signal():
     """A threading.Event that the first signal sets. A Ctrl-C more than a second later ends the program at
     once. An earlier one does not, since notebooks send each Ctrl-C twice."""
     stop = threading.Event()
-    impatient_from = math.inf
+    times = []  # of the signals
 
     def on_signal(number, _):
-        nonlocal impatient_from
-        if number == signal.SIGINT and time.monotonic() > impatient_from:
+        times.append(time.monotonic())
+        if number == signal.SIGINT and times[-1] > times[0] + 1:
             os._exit(130)
-        impatient_from = min(impatient_from, time.monotonic() + 1)
         stop.set()
 
     handle_signals(on_signal)
