@@ -383,6 +383,26 @@ def test_a_slow_first_step_after_a_restart_does_not_end_a_run_with_minutes(folde
     assert 0.8 < run.done() < 1
 
 
+def test_a_first_step_longer_than_half_of_the_minutes_does_not_end_the_run(folder, monkeypatch):
+    real_step, clock, extra = scriptc.training_step, time.monotonic, []
+
+    def step(run, numbers, done):
+        extra.append(0 if extra else 20)  # the first step compiles for 20 of 30 seconds
+        real_step(run, numbers, done)
+
+    monkeypatch.setattr(scriptc, "training_step", step)
+    monkeypatch.setattr(scriptc.time, "monotonic", lambda: clock() + sum(extra))
+    monkeypatch.setattr(scriptc, "START", clock())
+    assert here(folder, *SMALL, "--minutes", 0.5) == 0
+    assert len(extra) > 20
+
+
+def test_a_loss_that_is_not_finite_at_the_end_is_said_in_a_sentence(folder, capsys, monkeypatch):
+    monkeypatch.setattr(scriptc, "compared_loss", lambda run, numbers: math.nan)
+    assert here(folder, *SMALL, "--max-steps", 3) == 1
+    assert "not finite" in capsys.readouterr().err
+
+
 def test_an_epoch_sees_every_image_once_although_the_folder_grew_in_the_middle_of_it(folder, monkeypatch):
     assert here(folder, *SMALL, "--max-steps", 2) == 0
     fill_folder(folder / "faces" / "new", 30, 32)
