@@ -124,7 +124,8 @@ def build_parser(**options):
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: by hardware")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="use torch.compile: the first step takes minutes; on a CPU no step is faster (default: no)")
+        help="use torch.compile: the first step takes minutes, later ones gain nothing on a CPU "
+             "(default: no)")
     return parser
 
 
@@ -185,7 +186,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 def default_channels(device, image_size):
     """Default width of the network at each resolution. On a CPU it is small enough to draw faces within
-    minutes, and images of 64, 128 and 256 px shrink to 4 x 4 px, of which a convolution sees almost all."""
+    minutes, and images of 64, 128 and 256 px shrink to 4 x 4 px, most of which a 3 x 3 convolution covers."""
     if device.type == "cuda":
         return [64, 128, 256, 512]
     if image_size <= 32:
@@ -372,7 +373,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 def autocast(device, precision):
     """The context in which the network computes in `precision`, a name of DTYPES, on `device`."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    # without float32, of which torch.autocast of PyTorch 2.6 warns on an Apple GPU
+    return contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def memory_format(device):
@@ -460,7 +462,7 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model, lr, dtype):
     """Muon for convolution kernels, with matrix products in `dtype`; Adam for all other weights and for the
-    layers that meet pixels."""
+    first and the last convolution."""
     plain = {*model.first.parameters(), *model.last.parameters()}
     kernels = [weight for weight in model.parameters() if weight.ndim == 4 and weight not in plain]
     others = [weight for weight in model.parameters() if weight.ndim != 4 or weight in plain]
@@ -479,7 +481,7 @@ NEW_RUN = {  # how far a run has come; all of it is in the checkpoint
     "images_seen": 0,
     "images_in_epoch": 0,  # those of images_seen that belong to the current epoch
     "seconds": 0.0,  # of all starts together, start-up included
-    "seconds_at_first_step": 0.0,  # at its end: it may have compiled the network
+    "seconds_at_first_step": 0.0,  # when it had ended, since it may compile the network
     "seconds_of_drawing": 0.0,  # of the latest pictures, with metrics; 0 before the first ones
     "seconds_of_saving": 0.0,  # of the latest checkpoint
     "history": [],  # rows of metrics.csv
@@ -607,8 +609,8 @@ def random_draws(run, count):
 
 
 def l1_error(run, model, numbers, t, noise, flip=None):
-    """L1 error of the noise that `model` predicts: the mean over an image's values, summed over the images
-    `numbers` (B,), (). They are mirrored where `flip` (B,) is True, then `noise` (B, 3, S, S) is added at
+    """L1 error of the noise that `model` predicts, (): the mean over the values of an image, summed over the
+    images `numbers` (B,). They are mirrored where `flip` (B,) is True, then `noise` (B, 3, S, S) is added at
     timesteps t (B,)."""
     x_t, _ = forward_diffusion(run.faces.batch(numbers, flip), t, run.model.alphas_cumprod, noise)
     with autocast(run.device, run.precision):
@@ -857,8 +859,8 @@ def fill_cache(path, record_type, root, files):
     size = record_type["pixels"].shape[0]
     with (open(path, "r+b" if path.exists() else "xb") as out,
           progress_bar(f"reading images at {size} px", len(files)) as bar,
-          ThreadPoolExecutor(os.cpu_count()) as pool,
-          warnings.catch_warnings()):
+          warnings.catch_warnings(),  # restored when the threads have ended
+          ThreadPoolExecutor(os.cpu_count()) as pool):
         warnings.simplefilter("ignore")  # Pillow's, about single files
         whole = out.seek(0, os.SEEK_END) // record_type.itemsize
         out.seek(whole * record_type.itemsize)  # over a record that was cut off
@@ -1196,8 +1198,8 @@ def write_page(folder, run=None, status=None):
 # -------------------------------------------------------------------------------------------- checkpoint ----
 
 VERSION = 4  # of the checkpoint's format and network
-NETWORK = ("image_size", "channels", "timesteps")  # fixed for the life of a checkpoint
-LIMITS = ("epochs", "minutes", "max_steps")  # where a run ends; to give one removes the saved ones
+NETWORK = ("image_size", "channels", "timesteps")  # cannot change when a run is resumed
+LIMITS = ("epochs", "minutes", "max_steps")  # of a run; giving one drops all saved ones
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
 MOST_VALUES = 50_000_000  # bytes of a checkpoint that are not weights; about 500,000 rows of metrics
 RETRY_SECONDS = 30  # until the next try, if a checkpoint during the training could not be saved
