@@ -114,18 +114,15 @@ def build_parser(**options):
     add("--max-steps", metavar="N", type=count, help="optimizer steps in all (default: no limit)")
     add("--lr", metavar="X", type=between(float, 1e-9, 1), default=8e-3,
         help="highest learning rate (default: 0.008)")
-    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0,
-        help="of the random numbers (default: 0)")
+    add("--seed", metavar="S", type=between(int, 0, 10**9), default=0, help="random seed (default: 0)")
     add = parser.add_argument_group("drawing").add_argument
     add("--sample", metavar="N", type=count, help="no training: draw N images into results/samples")
-    add("--sample-steps", metavar="K", type=count, default=20,
-        help="network evaluations per image (default: 20)")
+    add("--sample-steps", metavar="K", type=count, default=20, help="network calls per image (default: 20)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these that is present")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: by hardware")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="use torch.compile: the first step takes minutes, later ones gain nothing on a CPU "
-             "(default: no)")
+        help="use torch.compile: minutes for the first step, no gain on a CPU (default: no)")
     return parser
 
 
@@ -297,9 +294,9 @@ SAMPLERS = {  # (eta, order): how much of the noise each step draws anew, how ma
 
 
 def sampling_schedule(timesteps, steps):
-    """The timesteps that sample() visits, at most `steps` from the last to 0, quadratically closer towards 0
-    (Song et al. 2021, appendix D.2), and alpha and sigma, as in sample(), of each and of the clean image at
-    the end, whose sigma is 1e-9, since it needs a logarithm; three lists."""
+    """Three lists for sample(): the timesteps that it visits, at most `steps`, from the last one to 0,
+    quadratically closer towards 0 (Song et al. 2021, appendix D.2); alpha; and sigma. The last two have one
+    value more, for the clean image at the end: its sigma is 1e-9, since sample() takes the logarithm."""
     t = np.arange(timesteps) if steps >= timesteps else (timesteps - 1) * np.linspace(1, 0, steps) ** 2
     t = np.unique(t.round().astype(int))[::-1].tolist()
     alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(timesteps), 0)[t]
@@ -731,7 +728,6 @@ def look(run, bar):
 def end_epoch(run, at_end, stop):
     """Metrics, pictures and a line of an epoch, or of the part of one that ends the run; only in rank 0."""
     progress = run.progress
-    args = run.args
     history = progress.history
     begun = time.monotonic()
     if progress.images_in_epoch:
@@ -743,7 +739,7 @@ def end_epoch(run, at_end, stop):
         history.append([progress.epoch + 1, progress.step, progress.images_seen, *losses, None, rate,
                         run.speed, run.seconds()])
     if history and (at_end or begun >= run.next_drawing):
-        write_page(args.results, run, "drawing")
+        write_page(run.args.results, run, "drawing")
         draw_pictures(run, stop)
         progress.seconds_of_drawing = time.monotonic() - begun
         run.next_drawing = time.monotonic() + progress.seconds_of_drawing / DRAWING_SHARE
@@ -755,7 +751,7 @@ def end_epoch(run, at_end, stop):
         say(f"epoch {row['epoch']}: step {row['step']:,}, loss {row['train_loss']:.4f}, held out "
             f"{row['heldout_loss']:.4f}{far}, {row['images_per_second']:.0f} images/s, "
             f"{run.seconds_left() / 60:.1f} minutes left{memory}")
-        with result(args.results / "metrics.csv") as file:  # always whole: no row is cut off or doubled
+        with result(run.args.results / "metrics.csv") as file:  # always whole: no row is cut off or doubled
             file.writelines(f"{','.join('' if value is None else str(value) for value in row)}\r\n".encode()
                             for row in (COLUMNS, *history))
 
@@ -1201,7 +1197,7 @@ VERSION = 4  # of the checkpoint's format and network
 NETWORK = ("image_size", "channels", "timesteps")  # cannot change when a run is resumed
 LIMITS = ("epochs", "minutes", "max_steps")  # of a run; giving one drops all saved ones
 STORED = (*NETWORK, *LIMITS, "batch_size", "lr", "seed", "precision")  # in the checkpoint; paths are not
-MOST_VALUES = 50_000_000  # bytes of a checkpoint that are not weights; about 500,000 rows of metrics
+MOST_VALUES = 50_000_000  # bytes, at most, of a checkpoint without its weights: 500,000 rows of metrics
 RETRY_SECONDS = 30  # until the next try, if a checkpoint during the training could not be saved
 LAST_TRIES = (0, 5, 10)  # seconds before each try to save the last one
 
@@ -1323,8 +1319,11 @@ def build_network(config, device="cpu"):
     return model.to(device, memory_format=memory_format(torch.device(device)))
 
 
-def averaged_network(saved, device):
-    """The averaged (EMA) SimpleUnet of the checkpoint `saved`, ready to evaluate."""
+def averaged_network(saved, path, device):
+    """The averaged (EMA) SimpleUnet of what read_checkpoint(path) returned, to evaluate; UserError if that is
+    None."""
+    if not saved:
+        raise UserError(f"there is no checkpoint {path}: train first")
     model = build_network(saved["config"], device)
     model.load_state_dict(saved["ema"])
     return model.eval().requires_grad_(False)
@@ -1332,10 +1331,7 @@ def averaged_network(saved, device):
 
 def load_model(path, device="cpu"):
     """The averaged (EMA) SimpleUnet of the checkpoint at `path`, to evaluate; UserError if there is none."""
-    saved = read_checkpoint(pathlib.Path(path))
-    if not saved:
-        raise UserError(f"there is no checkpoint {path}: train first")
-    return averaged_network(saved, device)
+    return averaged_network(read_checkpoint(pathlib.Path(path)), path, device)
 
 
 # ---------------------------------------------------------------------------------------------- plumbing ----
@@ -1586,10 +1582,7 @@ def announce(run, saved):
 def draw_samples(args, saved, device):
     """--sample: images in results/samples, the first 64 as a grid, the first 16 beside their closest real
     image, and the first eight turning into one another."""
-    if not saved:
-        other = "" if args.demo else ", or name another with --checkpoint"
-        raise UserError(f"there is no checkpoint {args.checkpoint}: train first{other}")
-    model = averaged_network(saved, device)
+    model = averaged_network(saved, args.checkpoint, device)
     folder = args.results / "samples"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample_*.png"):
@@ -1726,7 +1719,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if message:
         print(f"scriptc.py: {printable(message)}", file=sys.stderr)
-    if PROCESSES > 1:  # without leaving the group, which can wait for ever: for processes that have failed,
+    if PROCESSES > 1:  # at once: leaving the group can wait for ever, for processes that have failed,
         os._exit(status)  # or, in PyTorch 2.6, for a thread that waits for this one
     return status
 
