@@ -3,15 +3,15 @@
     python download_images.py                          # 50,000 originals into fake_face/faces, about 27 GB
     python download_images.py --count 2000 --size 128  # 2,000 small ones, about 20 MB
 
-The site shows one image at a time and replaces it about once a second. The program measures that period and
-sends just enough requests to miss no image. A file is named by the hash of the bytes that were served, so a
-folder never holds an image twice, however often runs are stopped, repeated or run side by side.
+The site replaces its image about once a second. The program measures that period and sends just enough
+requests to miss none. A file is named by the hash of what was served, so no image is stored twice.
 
 Exit status: 0 the folder holds --count images, 1 gave up, 2 bad arguments, 130 stopped by Ctrl-C or a signal.
 """
 
 import argparse
 import concurrent.futures
+import ctypes
 import hashlib
 import io
 import ipaddress
@@ -98,7 +98,6 @@ class Adapter(HTTPAdapter):
                         raise RequestError(f"a redirect leads to the internal {connection.host}", True)
                 super().connect()
                 self.sockets.append(connection.sock)
-
         pool.ConnectionCls = Connection
         return pool
 
@@ -159,8 +158,8 @@ def explain(error, timeout):
         return RequestError(f"there was no complete answer within {timeout:g} s")
     if isinstance(cause, socket.gaierror):
         return RequestError("the site's name cannot be resolved", permanent=cause.errno != socket.EAI_AGAIN)
-    lasting = (ValueError, requests.exceptions.ProxyError, requests.exceptions.SSLError)
-    return RequestError(f"the connection failed or broke: {cause}", permanent=isinstance(error, lasting))
+    return RequestError(f"the connection failed or broke: {cause}", permanent=isinstance(
+        error, (ValueError, requests.exceptions.ProxyError, requests.exceptions.SSLError)))  # fmt: skip
 
 
 def is_whole(file):
@@ -231,7 +230,7 @@ class Folder:
                 if self.known and (self.target - len(self.known) < 100 or len(self.known) % 32 == 0):
                     self.known = {stem: self.known.get(stem, 0) for name, stem in self.image_files().items()
                                   if stem in self.known or name not in self.broken}  # fmt: skip
-                    self.check_disk()
+                    self.check_disk(1000)
                 if self.closed or stem in self.known or len(self.known) >= self.target:
                     return False
                 part.write_bytes(data)
@@ -248,8 +247,8 @@ class Folder:
     def print_plan(self):
         """Say which files are broken, and what the run will do. Raises GiveUp if the disk is too small."""
         if self.broken:
-            names = ", ".join(map(printable, sorted(self.broken)[:9]))
-            show(f"{len(self.broken)} broken files do not count: {names}")
+            show(f"{len(self.broken)} broken files do not count: "
+                 f"{', '.join(map(printable, sorted(self.broken)[:9]))}")  # fmt: skip
         if len(self.known) < self.target:
             rest, gigabytes = self.check_disk()
             duration = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{-(-rest // 60)} min"
@@ -257,14 +256,14 @@ class Folder:
                  f"{rest:,} take about {duration} at one a second, and {gigabytes:.2f} GB of disk; "
                  "the training can be started meanwhile.")  # fmt: skip
 
-    def check_disk(self):
-        """Return how many images are still wanted, and their size in GB. Raises GiveUp if they do not fit."""
-        rest = self.target - len(self.known)
+    def check_disk(self, most=10**9):
+        """Return how many images are wanted next, up to `most`, and their GB. GiveUp if there is no room."""
+        rest = min(self.target - len(self.known), most)
         free = shutil.disk_usage(self.path).free
         sizes = [n for n in self.known.values() if 0 < n < 4 * self.guess + 1000]  # with --size, no originals
         size = sum(sizes) / len(sizes) if sizes else self.guess
         if rest * size > free:
-            text = (f"{self.path} has {free / 1e9:.2f} GB free, the {rest:,} images wanted need "
+            text = (f"{self.path} has {free / 1e9:.2f} GB free, the next {rest:,} images need "
                     f"{rest * size / 1e9:.2f} GB: free some, use --size, or --count "
                     f"{len(self.known) + int(0.95 * free / size)}")  # fmt: skip
             if sizes:
@@ -278,8 +277,7 @@ class Pace:
     """When the next request leaves, from the answers alone. Times are in seconds, `max_rate` is in 1/s.
 
     `period` is the time between two requests. A new image makes it a little shorter, a repeat longer by seven
-    times as much, so about one answer in eight is a repeat: the price of missing nothing. After a repeat the
-    next request follows soon. An image that stays, and many new images in a row, change the period faster.
+    times as much. An image that stays, and many new ones in a row, change it faster.
     """
 
     def __init__(self, max_rate):
@@ -385,8 +383,8 @@ def download(folder, args, display):
             works_at = now
             since = time.strftime("%H:%M")
         elif now - works_at > (LONGEST_OUTAGE if pace.first_seen else GIVE_UP_AFTER):
-            tried = f"{pace.errors} requests to {args.url} in {now - works_at:.0f} s brought no image"
-            raise GiveUp(f"{tried}, none came since {since}; the last error: {pace.error}")
+            raise GiveUp(f"{pace.errors} requests to {args.url} in {now - works_at:.0f} s brought no image, "
+                         f"none came since {since}; the last error: {pace.error}")  # fmt: skip
         for sent, session in in_flight.values():
             if now - sent > args.timeout:
                 session.adapter.abort()
@@ -464,10 +462,10 @@ def main(argv):
     except OSError as error:
         message = f"Gave up: cannot write to {args.out}: {printable(error.strerror or error)}"
     words = [sys.executable, os.path.abspath(__file__), *argv]
-    if os.name == "nt":  # where shells know double quotes only, before which a backslash has a meaning
-        words = [w if re.fullmatch(r"[\w:./\\-]+", w) else '"' + w.rstrip("\\") + '"' for w in words]
-    command = " ".join(words) if os.name == "nt" else shlex.join(words)
-    show(f"{message}. To go on: {command}", sys.stderr)
+    quoted = shlex.join(words)
+    if os.name == "nt":  # whose shells know double quotes only, before which a backslash has a meaning
+        quoted = " ".join(w if re.fullmatch(r"[\w:./\\-]+", w) else '"' + w.rstrip("\\") + '"' for w in words)
+    show(f"{message}. To go on: {quoted}", sys.stderr)
     return 130 if message == "Stopped" else 1
 
 
@@ -476,5 +474,7 @@ if __name__ == "__main__":
         hangup = number.name == "SIGHUP" and signal.getsignal(number) != signal.SIG_IGN  # as nohup does
         if hangup or number.name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             signal.signal(number, signal.default_int_handler)
+    if os.name == "nt":  # ES_CONTINUOUS | ES_SYSTEM_REQUIRED: no sleep while nobody uses the computer
+        ctypes.windll.kernel32.SetThreadExecutionState(0x80000001)
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths that it cannot encode, as stderr does
     os._exit(main(sys.argv[1:]))  # without waiting for threads: one that connects cannot be interrupted

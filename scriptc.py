@@ -49,6 +49,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 if sys.platform == "win32":
+    import ctypes
     import msvcrt
 else:
     import fcntl
@@ -91,8 +92,7 @@ def build_parser(**options):
     add = parser.add_argument_group("files").add_argument
     add("--dataroot", metavar="DIR",
         help="train on all images below it (default: fake_face beside the script)")
-    add("--results", metavar="DIR",
-        help="folder for pictures and metrics (default: results beside the script)")
+    add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
     add("--checkpoint", metavar="FILE",
         help="file to create or resume (default: model_checkpoint.pth beside the script)")
     add("--save-minutes", metavar="M", type=minutes, default=10,
@@ -537,8 +537,9 @@ class Run:
     def open_images(self):
         """Find the images, continue where `progress` says. UserError if processes find different ones."""
         progress = self.progress
+        files = from_rank_0(list_files(self.args))  # others may already see images that arrived later
         with rank_0_first():
-            names, self.faces, self.skipped = load_images(self.args, self.device)
+            names, self.faces, self.skipped = load_images(self.args, files, self.device)
         self.train_numbers, *self.compared = split(names)
         images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
                                      .encode()).hexdigest()
@@ -822,12 +823,22 @@ def decode(path, size):
     return "not a file"
 
 
-def list_files(root, leave_out=()):
-    """{key: name} of every file below `root`, sorted by name, through links, without hidden ones and without
-    the folders `leave_out` (real paths). The key is a hash of name, length and time of change."""
+def raise_unless_denied(error):
+    """Raise an OSError of a folder that cannot be listed, except if it is not there or not for this user. A
+    disk that fails is not an empty folder."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
+        raise error
+
+
+def list_files(args):
+    """{key: name} of every file below args.dataroot, sorted by name, through links, without hidden ones and
+    without those below the results or beside the checkpoint. The key is a hash of name, length and time of
+    change. OSError where the disk fails."""
+    root = args.dataroot
     files = {}
-    visited = {*leave_out} - {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, followlinks=True):
+    visited = {os.path.realpath(args.results), os.path.realpath(args.checkpoint.parent)}
+    visited.discard(os.path.realpath(root))
+    for folder, folders, names in os.walk(root, onerror=raise_unless_denied, followlinks=True):
         if os.path.realpath(folder) in visited:
             folders.clear()
             continue
@@ -871,32 +882,19 @@ def fill_cache(path, record_type, root, files):
     return reasons
 
 
-def can_be_written(folder):
-    with contextlib.suppress(OSError):
-        try_writing(folder)
-        return True
-    return False
-
-
-def try_writing(folder):
-    """Make and remove a file in `folder`; OSError if that fails. On Windows, tempfile of Python 3.10 to 3.12
-    would try again forever instead (CPython issue 66305)."""
-    path = pathlib.Path(folder, f".{os.getpid()}.tmp")
-    path.touch()
-    path.unlink(missing_ok=True)
-
-
-def load_images(args, device):
-    """(names, Faces, {name: reason} of skipped images) of all images below args.dataroot, decoded once and
-    then kept in a cache of one file. It is in the data folder, or in the results where that cannot be
-    written. UserError where there are fewer than two images."""
+def load_images(args, files, device):
+    """(names, Faces, {name: reason} of skipped images) of the images among `files`, {key: name}, below
+    args.dataroot, decoded once and then kept in a cache of one file. It is in the data folder, or in the
+    results where that cannot be written. UserError where there are fewer than two images."""
     root = args.dataroot
-    files = list_files(root, {os.path.realpath(args.results), os.path.realpath(args.checkpoint.parent)})
-    path = pathlib.Path(root if can_be_written(root) else args.results,
-                        f".faces_{args.image_size}px.cache")
     shape = (args.image_size, args.image_size, 3)
     record_type = np.dtype([("file", "S64"), ("pixels", np.uint8, shape)])  # a record of the cache
-    reserved = lock(path)
+    path = root / f".faces_{args.image_size}px.cache"
+    try:
+        reserved = lock(path)
+    except OSError:  # the folder, or another user's lock in it, cannot be written
+        path = args.results / path.name
+        reserved = lock(path)
     if not reserved:
         say(f"another start is reading images into {path}: waiting")
     while not reserved:
@@ -1275,8 +1273,8 @@ def check_values(saved):
 def read_checkpoint(path, rename=False):
     """The dict at `path`, or the one before where that is missing or damaged, with its path as "file"; None
     where there is none yet. With `rename` one that cannot be used gets another name and is kept.
-    UserError where there are files, but none that can be used. Only tensors and plain values are loaded:
-    nothing is executed."""
+    UserError where there are files, but none that can be used; OSError where the disk fails. Only tensors and
+    plain values are loaded: nothing is executed."""
     problem = ""
     for candidate in filter(pathlib.Path.exists, (path, previous_path(path))):
         try:
@@ -1291,6 +1289,8 @@ def read_checkpoint(path, rename=False):
             if saved.get("version") != VERSION:
                 raise ValueError("it is not from this version of the program")
             check_values(saved)
+        except OSError:  # the disk fails, not the file
+            raise
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
             problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
                                   f"({first_line(error)})")
@@ -1420,6 +1420,14 @@ def broadcast(*numbers):
     return tuple(values.tolist())
 
 
+def from_rank_0(value):
+    """`value`, a dict of any size, as rank 0 has it."""
+    values = [value]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+    return values[0]
+
+
 @contextlib.contextmanager
 def rank_0_first():
     """Of several processes, rank 0 runs the block alone, then all others run it."""
@@ -1471,8 +1479,17 @@ def progress_bar(title, total, done=0, iterable=None):
                 **{} if sys.stderr.isatty() else lines)
 
 
+def try_writing(folder):
+    """Make and remove a file in `folder`; OSError if that fails. On Windows, tempfile of Python 3.10 to 3.12
+    would try again forever instead (CPython issue 66305)."""
+    path = pathlib.Path(folder, f".{os.getpid()}.tmp")
+    path.touch()
+    path.unlink(missing_ok=True)
+
+
 def lock(path):
-    """An open file whose lock reserves `path` until it is closed or the process ends; None if it is taken."""
+    """An open file whose lock reserves `path` until it is closed or the process ends; None if it is taken.
+    OSError where its folder cannot be written."""
     file = path.with_name(f".{path.name}.lock").open("a")
     try:
         if sys.platform == "win32":
@@ -1602,7 +1619,7 @@ def draw_samples(args, saved, device):
     nearest = args.results / "nearest.png"
     nearest.unlink(missing_ok=True)
     try:
-        names, faces, _ = load_images(args, torch.device("cpu"))
+        names, faces, _ = load_images(args, list_files(args), torch.device("cpu"))
         ratio = save_nearest(torch.stack(pictures[:16]), faces, nearest).median()
         say(f"{nearest}: median distance to the closest real image {ratio:.2f}, where 1 is usual between a "
             "real image and its closest other one; far below 1, the network copies images"
@@ -1610,7 +1627,7 @@ def draw_samples(args, saved, device):
         if args.sample >= 64:  # fewer images are farther away, however good they are
             real = RealFaces(faces, split(names)[0])
             say(f"sample distance {real.sample_distance(torch.stack(pictures)):.2f}, where real faces have 1")
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(f"no nearest.png: {error}")
     write_page(args.results)
 
@@ -1683,6 +1700,9 @@ def stop_on_signal():
         times.append(time.monotonic())
         if number == signal.SIGINT and times[-1] > times[0] + 1:
             os._exit(130)
+        if RANK == 0 and not stop.is_set():
+            with contextlib.suppress(OSError):  # not print(): the signal may have interrupted one
+                os.write(2, b"\nSaving a checkpoint, then stopping. Ctrl-C again stops without saving.\n")
         stop.set()
 
     handle_signals(on_signal)
@@ -1695,6 +1715,8 @@ def main(argv=None):
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     handle_signals(signal.default_int_handler)
+    if sys.platform == "win32":  # ES_CONTINUOUS | ES_SYSTEM_REQUIRED: no sleep while nobody uses the computer
+        ctypes.windll.kernel32.SetThreadExecutionState(0x80000001)
     status = 1
     message = ""
     try:

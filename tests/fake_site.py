@@ -69,12 +69,12 @@ class FakeSite:
     if `period` is 0.  `latency`: seconds that an answer takes.  `size`: pixels.  A request meets one of
     `faults` (names in FAULTS) with probability `fault_rate`; those put into the deque `script` come first,
     None for none.  `retry_after`: seconds that a 429 asks for.  `location`: where a redirect leads, the
-    same page if not changed.  `encoding`: JPEG, or what else Pillow writes.
+    same page if not changed.  `encoding`: JPEG, or what else Pillow writes.  `tls`: an ssl.SSLContext for https.
     """
 
     def __init__(
         self, period=1.0, latency=0.0, size=64, faults=tuple(FAULTS), fault_rate=0.0, retry_after=1, seed=0,
-        encoding="JPEG", port=0,
+        encoding="JPEG", port=0, tls=None,
     ):  # fmt: skip
         self.period = period
         self.latency = latency
@@ -90,10 +90,11 @@ class FakeSite:
         self.segment = None  # (time, index) since which the period is what it is
         self.stopping = threading.Event()
         self.encoding = encoding
+        self.tls = tls
         self.photographs = [self.photograph(seed + i, size) for i in range(8)]
         handler = type("Handler", (Handler,), {"site": self})
         self.server = Server(("127.0.0.1", port), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+        self.url = f"http{'s' * bool(tls)}://127.0.0.1:{self.server.server_address[1]}/"
 
     # ------------------------------------------------------------------ the images
 
@@ -189,6 +190,11 @@ class Handler(socketserver.StreamRequestHandler):
     """One connection: requests and answers in turn; only what clients of the site need, to be quick."""
 
     disable_nagle_algorithm = True
+
+    def setup(self):
+        if self.site.tls:
+            self.request = self.site.tls.wrap_socket(self.request, server_side=True)
+        super().setup()
 
     def handle(self):
         while line := self.rfile.readline(65536):

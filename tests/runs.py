@@ -7,14 +7,15 @@ import sys
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SMALL = ["--image-size", "16", "--channels", "8", "16", "--batch-size", "16", "--sample-steps", "3", "--device", "cpu"]
+SMALL = ["--image-size", "16", "--channels", "8", "16", "--batch-size", "16", "--sample-steps", "3"]
 
 
 def command(folder, *flags):
-    """The command line of a small training in `folder`: its faces/, results/ and checkpoint.pth."""
-    places = {"--dataroot": folder / "faces", "--results": folder / "results", "--checkpoint": folder / "checkpoint.pth"}
+    """The command line of a training in `folder`, with its faces/, results/ and checkpoint.pth, on the CPU."""
+    defaults = {"--dataroot": folder / "faces", "--results": folder / "results",
+                "--checkpoint": folder / "checkpoint.pth", "--device": "cpu"}
     flags = [str(flag) for flag in flags]
-    own = [text for flag, path in places.items() if flag not in flags for text in (flag, str(path))]
+    own = [text for flag, value in defaults.items() if flag not in flags for text in (flag, str(value))]
     return [sys.executable, str(ROOT / "scriptc.py"), *own, *flags]
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -51,3 +52,11 @@ def made(folder):
     except FileNotFoundError:
         pytest.skip("Wine without a UTF-8 locale, unlike Windows, stores only ASCII names")
     return folder
+
+
+def wait_for(condition):
+    """Return once `condition()` holds; the test fails after two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)

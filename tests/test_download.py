@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from PIL import Image
 import download_images
 from download_images import Pace, RequestError
 from tests.fake_site import FAULTS, FakeSite
-from tests.systems import STOPS, WINDOWS, made, needs_terminals, start_to_be_stopped, stop
+from tests.systems import STOPS, WINDOWS, made, needs_terminals, start_to_be_stopped, stop, wait_for
 
 SCRIPT = Path(download_images.__file__)
 
@@ -54,15 +55,6 @@ def start(url, out, *options):
 
 def main(*options):
     return download_images.main([str(option) for option in options])
-
-
-def wait_for(condition):
-    """Return once `condition` holds; fail after a minute."""
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("it never happened")
 
 
 def names(folder):
@@ -325,9 +317,19 @@ def test_a_disk_too_small_for_the_rest_ends_it_before_the_first_request(tmp_path
         monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(free))
         assert main("--url", site.url, "--out", tmp_path, "--count", 1000) == 1
     error = capsys.readouterr().err
-    assert "has 0.00 GB free, the 998 images wanted need 0.00 GB" in error
+    assert "has 0.00 GB free, the next 998 images need 0.00 GB" in error
     assert 90 <= int(re.search(r"--count (\d+)\. To go on", error)[1]) <= 110
     assert len(site.times) == 2
+
+
+def test_a_disk_with_room_for_some_of_the_rest_is_used_and_not_filled_to_the_end(tmp_path, monkeypatch, capsys):
+    with FakeSite(period=0) as site:
+        size = len(site.body(0))
+        left = iter([3000 * size] * 3 + [900 * size] * 100)  # asked at the start, then with every 32nd image
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(next(left)))
+        assert main("--url", site.url, "--out", tmp_path, "--count", 50_000, "--max-rate", 0) == 1
+    assert "the next 1,000 images need" in capsys.readouterr().err
+    assert_good(tmp_path, 96)
 
 
 def test_an_empty_folder_on_a_small_disk_is_warned_of_as_sizes_are_a_guess(tmp_path, monkeypatch, capsys):
@@ -435,7 +437,7 @@ def test_pauses_between_tries_grow_to_half_a_minute_and_errors_of_one_moment_cou
 def test_retry_after_is_obeyed_up_to_a_cap_and_the_display_says_what_is_waited_for(tmp_path, form, seconds):
     with FakeSite(period=0, retry_after=seconds) as site:
         site.script.extend([None, form])
-        result = run(site.url, tmp_path, "--count", 3, LONGEST_RETRY_AFTER=2.0, LINE_EVERY=0.1)
+        result = run(site.url, tmp_path, "--count", 3, "--workers", 1, LONGEST_RETRY_AFTER=2.0, LINE_EVERY=0.1)
     assert result.returncode == 0
     assert site.times[2] - site.times[1] >= 2
     assert "waiting 2 s because the site answered 429 Too Many Requests and asked to wait 2 s" in result.stderr
@@ -449,6 +451,38 @@ def test_an_answer_that_comes_a_byte_at_a_time_holds_no_worker_longer_than_the_t
         result = run(site.url, tmp_path, "--count", 3, "--workers", 2, "--timeout", 0.3)
     assert result.returncode == 0, result.stderr
     assert_good(tmp_path, 3)
+
+
+# ------------------------------------------------------------------ https
+
+
+@pytest.fixture
+def tls(tmp_path, monkeypatch):
+    """The server's side of TLS, with a certificate that the downloader trusts."""
+    trustme = pytest.importorskip("trustme", reason="Wine has no certificates for tests")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+@pytest.mark.parametrize("fault", ["reset", "cut", "stall", "drip", "slow-headers"])
+def test_over_https_too_answers_that_break_or_stall_are_waited_out(tmp_path, tls, fault):
+    with FakeSite(period=0, tls=tls) as site:
+        site.script.extend([None, fault, fault])
+        result = run(site.url, tmp_path / "faces", "--count", 3, "--timeout", 0.5)
+        assert result.returncode == 0 and site.counts[fault] == 2, result.stderr
+    assert_good(tmp_path / "faces", 3)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_named(tmp_path, tls, monkeypatch):
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    with FakeSite(period=0, tls=tls) as site:
+        result = run(site.url, tmp_path / "faces", "--count", 3, GIVE_UP_AFTER=10.0, LONGEST_PAUSE=0.1)
+        assert not site.times
+    assert result.returncode == 1 and "certificate verify failed" in result.stderr
 
 
 # ------------------------------------------------------------------ redirects

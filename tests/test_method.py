@@ -86,6 +86,19 @@ def test_timesteps_are_drawn_such_that_the_log_signal_to_noise_ratio_has_a_norma
             assert probability[log_snr < below].sum().item() == pytest.approx(expected, abs=0.03)
 
 
+def test_training_draws_its_timesteps_from_that_density():
+    settings = scriptc.read_settings(["--image-size", "16", "--channels", "8", "--batch-size", "32"])
+    run = scriptc.Run(settings, torch.device("cpu"))
+    drawn = []
+    for run.progress.step in range(60):
+        _, t, noise = scriptc.random_draws(run, 32)
+        drawn.append(t)
+    assert noise.shape == (32, 3, 16, 16) and not torch.equal(drawn[0], drawn[1])
+    quantiles = scriptc.timestep_probabilities(1000, 16).cumsum(0)
+    for t in (10, 100, 300, 600):
+        assert (torch.cat(drawn) <= t).double().mean().item() == pytest.approx(quantiles[t].item(), abs=0.02)
+
+
 # The network
 
 
@@ -166,6 +179,13 @@ def test_samples_have_the_mean_and_the_spread_of_the_data(sampler):
     images = scriptc.sample(Knows(0.2, 0.15), 16, 100, sampler)
     assert images.mean().item() == pytest.approx(0.2, abs=0.02)
     assert images.std().item() == pytest.approx(0.15, rel=0.1)
+
+
+def test_samplers_of_order_2_need_fewer_steps_for_the_same_image():
+    model = Knows(0.2, 0.15)
+    exact = scriptc.sample(model, 4, 1000, "ddim")
+    error = {sampler: (scriptc.sample(model, 4, 12, sampler) - exact).norm() for sampler in ("ddim", "dpm++")}
+    assert error["dpm++"] < 0.5 * error["ddim"]
 
 
 def test_ddpm_is_the_ancestral_sampling_of_ho_et_al():

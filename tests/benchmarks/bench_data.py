@@ -80,7 +80,7 @@ def make_cache(root, size=SIZE):
 def load(root, size=SIZE):
     """load_images() of a folder on the CPU: names, Faces, skipped."""
     args = argparse.Namespace(dataroot=root, image_size=size, results=root / "results", checkpoint=root / "c.pth")
-    return scriptc.load_images(args, torch.device("cpu"))
+    return scriptc.load_images(args, scriptc.list_files(args), torch.device("cpu"))
 
 
 def child(command):
@@ -148,7 +148,7 @@ sys.path.insert(0, sys.argv[1])
 import scriptc, torch
 root, begun = pathlib.Path(sys.argv[2]), time.perf_counter()
 args = argparse.Namespace(dataroot=root, image_size=64, results=root / "results", checkpoint=root / "c.pth")
-print(len(scriptc.load_images(args, torch.device("cpu"))[0]), time.perf_counter() - begun)
+print(len(scriptc.load_images(args, scriptc.list_files(args), torch.device("cpu"))[0]), time.perf_counter() - begun)
 """
 
 
