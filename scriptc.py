@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import errno
 import hashlib
 import io
 import json
@@ -95,8 +96,7 @@ def build_parser(**options):
     add("--results", metavar="DIR", help="for pictures and metrics (default: results beside the script)")
     add("--checkpoint", metavar="FILE",
         help="file to create or resume (default: model_checkpoint.pth beside the script)")
-    add("--save-minutes", metavar="M", type=minutes, default=10,
-        help="minutes between two checkpoints (default: 10)")
+    add("--save-minutes", metavar="M", type=minutes, default=10, help="between two checkpoints (default: 10)")
     add("--demo", action="store_true", help=f"needs no images: draws {DEMO_IMAGES} itself, into results/demo")
     add = parser.add_argument_group("network").add_argument
     add("--image-size", metavar="PX", type=between(int, 16, 256, 16), default=64,
@@ -1289,9 +1289,9 @@ def read_checkpoint(path, rename=False):
             if saved.get("version") != VERSION:
                 raise ValueError("it is not from this version of the program")
             check_values(saved)
-        except OSError:  # the disk fails, not the file
-            raise
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk fails, not the file
+                raise
             problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
                                   f"({first_line(error)})")
             continue

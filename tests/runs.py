@@ -1,6 +1,7 @@
 """Runs of scriptc.py as tests and benchmarks make them: the command, and what it leaves."""
 
 import csv
+import hashlib
 import pathlib
 import sys
 
@@ -8,6 +9,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--image-size", "16", "--channels", "8", "16", "--batch-size", "16", "--sample-steps", "3"]
+PARTS = ("model", "ema", "optimizer", "epoch", "step", "images_seen")  # of a checkpoint: what has to be equal
 
 
 def command(folder, *flags):
@@ -32,8 +34,21 @@ def checkpoint(folder, name="checkpoint.pth"):
     return torch.load(folder / name, weights_only=True)
 
 
-def same(one, other):
-    """Whether two nested state dicts are equal to the bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+def digest(value):
+    """A text that is the same for states that are equal to the bit, and for no others."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
+    if isinstance(value, dict):
+        return repr([(key, digest(part)) for key, part in value.items()])
+    return repr([digest(part) for part in value]) if isinstance(value, list | tuple) else repr(value)
+
+
+def outcome(folder):
+    """What a run has to end with, to the bit, however often it was disturbed."""
+    state = checkpoint(folder)
+    clock = ("seconds", "images_per_second", "sample_distance")  # there is a distance where there was time for a grid
+    rows = [[value for name, value in row.items() if name not in clock] for row in table(folder)]
+    grid = folder / "results" / f"epoch_{rows[-1][0]}_step_{state['step']}.png"
+    return {**{name: digest(state[name]) for name in PARTS}, "metrics.csv": rows,
+            "grid": hashlib.sha256(grid.read_bytes()).hexdigest() if grid.exists() else ""}

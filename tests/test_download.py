@@ -134,7 +134,6 @@ def test_a_disk_that_fails_once_does_not_end_the_run(tmp_path, monkeypatch, erro
         rename(path, target)
 
     monkeypatch.setattr(Path, "rename", scanned)
-    monkeypatch.setattr(Path, "replace", scanned)
     with FakeSite(period=0) as site:
         assert main("--url", site.url, "--out", tmp_path, "--count", 3) == 0
     assert_good(tmp_path, 3)

@@ -13,7 +13,6 @@ from PIL import Image
 import scriptc
 from fake_face.draw_faces import fill_folder
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which controls the browser, is not installed")
 pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium here")
@@ -86,7 +85,7 @@ def wait_for_grid(page, grid):
 
 def history(folder):
     run = read_run(folder)
-    return [{"sample_distance": None} | dict(zip(run["columns"], row)) for row in run["history"]]
+    return [dict(zip(run["columns"], row)) for row in run["history"]]
 
 
 def write_history(folder, rows, **changes):

@@ -25,7 +25,6 @@ Linux only. Without strace `inside-save` is skipped, without the right to mount 
 import argparse
 import collections
 import contextlib
-import hashlib
 import importlib.util
 import io
 import itertools
@@ -54,10 +53,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fake_face.draw_faces import fill_folder  # noqa: E402
 from tests import runs  # noqa: E402
-from tests.runs import ROOT, command, table  # noqa: E402
+from tests.runs import PARTS, ROOT, command, digest, outcome, table  # noqa: E402
 
 SMALL = (*runs.SMALL, "--batch-size", "64")
-PARTS = ("model", "ema", "optimizer", "epoch", "step", "images_seen")  # of a checkpoint: what has to be equal
 MEMORY = 500  # MB that a bad checkpoint may cost beyond a good one
 
 
@@ -132,16 +130,6 @@ def spread(function, items, jobs):
     return [answer for answer, _ in answers]
 
 
-def digest(value):
-    """A text that is the same for states that are equal to the bit, and for no others."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
-    if isinstance(value, dict):
-        return repr([(key, digest(part)) for key, part in value.items()])
-    return repr([digest(part) for part in value]) if isinstance(value, list | tuple) else repr(value)
-
-
 def parts(state):
     return digest({name: state[name] for name in PARTS})
 
@@ -152,16 +140,6 @@ def whole(path):
         if file.testzip():
             raise ValueError("checksum")
     return torch.load(path, weights_only=True)
-
-
-def outcome(folder):
-    """What a run has to end with, to the bit, however often it was disturbed."""
-    state = whole(folder / "checkpoint.pth")
-    clock = ("seconds", "images_per_second", "sample_distance")  # there is a distance where there was time for a grid
-    rows = [[value for name, value in row.items() if name not in clock] for row in table(folder)]
-    grid = folder / "results" / f"epoch_{rows[-1][0]}_step_{state['step']}.png"
-    return {**{name: digest(state[name]) for name in PARTS}, "metrics.csv": rows,
-            "grid": hashlib.sha256(grid.read_bytes()).hexdigest() if grid.exists() else "missing"}
 
 
 def last_line(path):
@@ -249,7 +227,6 @@ def kills(args, folder):
 NAMES = {"open", "openat", "creat", "rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat"}
 WRITES = {"write", "writev", "pwrite64", "fsync", "fdatasync", "ftruncate", "fallocate", "copy_file_range", "sendfile"}
 READS = {"read", "pread64", "readv", "lseek", "close", "stat", "fstat", "newfstatat", "statx", "mmap"}
-NO_LINKS = ("-e", "inject=link,linkat:error=EPERM")  # what Google Drive and FAT answer
 
 
 def traced_save(module, folder, state, *options):
@@ -302,9 +279,9 @@ def inside_save(args, folder):
             module.save_checkpoint(own / "checkpoint.pth", state)
         return own, parts(states[1]) if earlier else None, parts(states[2])
 
-    def calls(earlier, *options):
+    def calls(earlier):
         """{name of a system call: how often one thread makes it during a save}."""
-        status, trace = traced_save(module, prepared("count", earlier)[0], states[2], *options)
+        status, trace = traced_save(module, prepared("count", earlier)[0], states[2])
         if status:
             raise RuntimeError(f"an undisturbed save ended with {status}")
         per_thread = collections.Counter(re.findall(r"^(\d+) +(\w+)\(", trace, re.MULTILINE))
@@ -315,11 +292,11 @@ def inside_save(args, folder):
 
     def attempt(case):
         """(what was done, ended as, what went wrong) of one disturbed save."""
-        number, earlier, options, injection = case
+        number, earlier, injection = case
         own, old, new = prepared(f"case {number}", earlier)
-        traced = f"trace=clock_nanosleep,link,linkat,{injection.partition(':')[0]}"
-        status, _ = traced_save(module, own, states[2], "-e", traced, *options, "-e", f"inject={injection}")
-        what = f"{injection}, {earlier} saves before{', no links' if options else ''}"
+        traced = f"trace=clock_nanosleep,{injection.partition(':')[0]}"
+        status, _ = traced_save(module, own, states[2], "-e", traced, "-e", f"inject={injection}")
+        what = f"{injection}, {earlier} saves before"
         wrong = []
         if status not in (0, 3, -signal.SIGKILL):
             wrong.append(f"{what}: the save raised what it does not promise, {(own / 'error').read_text()}")
@@ -346,14 +323,13 @@ def inside_save(args, folder):
         everything = calls(2)
     except PermissionError as error:
         return f"skipped: {error}", []
-    settings = [(2, (), set(everything)), (0, (), NAMES), (1, (), NAMES), (1, NO_LINKS, NAMES), (2, NO_LINKS, NAMES)]
     cases = []
-    for earlier, options, names in settings:
-        cases += [(earlier, options, f"{name}:signal=KILL:when={n + 1}")
-                  for name, count in calls(earlier, *options).items() if name in names
+    for earlier, names in ((2, set(everything)), (0, NAMES), (1, NAMES)):
+        cases += [(earlier, f"{name}:signal=KILL:when={n + 1}")
+                  for name, count in calls(earlier).items() if name in names
                   for n in range(0, count, args.every if count > 20 else 1)]
     kill_cases = len(cases)
-    cases += [(2, (), f"{name}:error={error}:when={n + 1}") for name, count in everything.items()
+    cases += [(2, f"{name}:error={error}:when={n + 1}") for name, count in everything.items()
               for error in ("ENOSPC", "EIO") if name in NAMES | WRITES or name in READS and error == "EIO"
               for n in range(0, count, args.every if count > 20 else 1)]
     results = spread(attempt, [(number, *case) for number, case in enumerate(cases)], args.jobs)
