@@ -230,7 +230,7 @@ class Folder:
                 if self.known and (self.target - len(self.known) < 100 or len(self.known) % 32 == 0):
                     self.known = {stem: self.known.get(stem, 0) for name, stem in self.image_files().items()
                                   if stem in self.known or name not in self.broken}  # fmt: skip
-                    self.check_disk(1000)
+                    self.check_disk()
                 if self.closed or stem in self.known or len(self.known) >= self.target:
                     return False
                 part.write_bytes(data)
@@ -250,26 +250,26 @@ class Folder:
             show(f"{len(self.broken)} broken files do not count: "
                  f"{', '.join(map(printable, sorted(self.broken)[:9]))}")  # fmt: skip
         if len(self.known) < self.target:
-            rest, gigabytes = self.check_disk()
+            rest, gigabytes, warning = self.check_disk()
+            if warning:
+                show(f"Warning: {warning}", sys.stderr)
             duration = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{-(-rest // 60)} min"
             show(f"{self.path} holds {len(self.known):,} of {self.target:,} images wanted; the other "
                  f"{rest:,} take about {duration} at one a second, and {gigabytes:.2f} GB of disk; "
                  "the training can be started meanwhile.")  # fmt: skip
 
-    def check_disk(self, most=10**9):
-        """Return how many images are wanted next, up to `most`, and their GB. GiveUp if there is no room."""
-        rest = min(self.target - len(self.known), most)
+    def check_disk(self):
+        """(images wanted, their GB, a warning if they do not fit). Raises GiveUp if the next 1,000 do not."""
+        rest = self.target - len(self.known)
         free = shutil.disk_usage(self.path).free
         sizes = [n for n in self.known.values() if 0 < n < 4 * self.guess + 1000]  # with --size, no originals
         size = sum(sizes) / len(sizes) if sizes else self.guess
-        if rest * size > free:
-            text = (f"{self.path} has {free / 1e9:.2f} GB free, the next {rest:,} images need "
-                    f"{rest * size / 1e9:.2f} GB: free some, use --size, or --count "
-                    f"{len(self.known) + int(0.95 * free / size)}")  # fmt: skip
-            if sizes:
-                raise GiveUp(text)
-            show(f"Warning: {text}", sys.stderr)  # the size of an image is a guess
-        return rest, rest * size / 1e9
+        text = (f"{self.path} has {free / 1e9:.2f} GB free, the {rest:,} images wanted need "
+                f"{rest * size / 1e9:.2f} GB: free some, use --size, or --count "
+                f"{len(self.known) + int(0.95 * free / size)}")  # fmt: skip
+        if sizes and min(rest, 1000) * size > free:  # without sizes it is a guess
+            raise GiveUp(text)
+        return rest, rest * size / 1e9, text if rest * size > free else ""
 
 
 # --------------------------------------------------------------------------------------------------- the pace

@@ -537,7 +537,7 @@ class Run:
     def open_images(self):
         """Find the images, continue where `progress` says. UserError if processes find different ones."""
         progress = self.progress
-        files = from_rank_0(list_files(self.args))  # others may already see images that arrived later
+        files = from_rank_0(list_files(self.args) if RANK == 0 else None)  # others may see more by now
         with rank_0_first():
             names, self.faces, self.skipped = load_images(self.args, files, self.device)
         self.train_numbers, *self.compared = split(names)
@@ -823,13 +823,6 @@ def decode(path, size):
     return "not a file"
 
 
-def raise_unless_denied(error):
-    """Raise an OSError of a folder that cannot be listed, except if it is not there or not for this user. A
-    disk that fails is not an empty folder."""
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
-        raise error
-
-
 def list_files(args):
     """{key: name} of every file below args.dataroot, sorted by name, through links, without hidden ones and
     without those below the results or beside the checkpoint. The key is a hash of name, length and time of
@@ -838,7 +831,7 @@ def list_files(args):
     files = {}
     visited = {os.path.realpath(args.results), os.path.realpath(args.checkpoint.parent)}
     visited.discard(os.path.realpath(root))
-    for folder, folders, names in os.walk(root, onerror=raise_unless_denied, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=raise_disk_error, followlinks=True):
         if os.path.realpath(folder) in visited:
             folders.clear()
             continue
@@ -846,8 +839,10 @@ def list_files(args):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
             file = [os.path.relpath(path, root).replace(os.sep, "/")]
-            with contextlib.suppress(OSError):  # a link to nowhere, or deleted since
+            try:
                 file += [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+            except OSError as error:  # a link to nowhere, or deleted since
+                raise_disk_error(error)
             files[hashlib.sha256(repr(file).encode()).hexdigest().encode()] = file[0]
     return dict(sorted(files.items(), key=lambda file: file[1]))
 
@@ -1290,8 +1285,7 @@ def read_checkpoint(path, rename=False):
                 raise ValueError("it is not from this version of the program")
             check_values(saved)
         except Exception as error:  # a damaged or foreign file can make the readers raise anything
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk fails, not the file
-                raise
+            raise_disk_error(error)
             problem = problem or (f"{candidate} is not a checkpoint that this program can resume "
                                   f"({first_line(error)})")
             continue
@@ -1320,8 +1314,8 @@ def build_network(config, device="cpu"):
 
 
 def averaged_network(saved, path, device):
-    """The averaged (EMA) SimpleUnet of what read_checkpoint(path) returned, to evaluate; UserError if that is
-    None."""
+    """The averaged (EMA) SimpleUnet of the checkpoint `saved`, which read_checkpoint(path) returned, ready to
+    evaluate; UserError if it is None."""
     if not saved:
         raise UserError(f"there is no checkpoint {path}: train first")
     model = build_network(saved["config"], device)
@@ -1421,7 +1415,7 @@ def broadcast(*numbers):
 
 
 def from_rank_0(value):
-    """`value`, a dict of any size, as rank 0 has it."""
+    """`value`, any object, as rank 0 has it."""
     values = [value]
     if PROCESSES > 1:
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
@@ -1441,6 +1435,12 @@ def rank_0_first():
 def printable(text):
     """`text` in one line of at most 1,000 characters, with escapes in place of control characters."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))[:1000]
+
+
+def raise_disk_error(error):
+    """Raise `error` if it says that the disk is away: then a folder is not empty, and a file not damaged."""
+    if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
+        raise error
 
 
 def flag_of(name):
@@ -1700,10 +1700,10 @@ def stop_on_signal():
         times.append(time.monotonic())
         if number == signal.SIGINT and times[-1] > times[0] + 1:
             os._exit(130)
-        if RANK == 0 and not stop.is_set():
-            with contextlib.suppress(OSError):  # not print(): the signal may have interrupted one
-                os.write(2, b"\nSaving a checkpoint, then stopping. Ctrl-C again stops without saving.\n")
         stop.set()
+        if number == signal.SIGINT and len(times) == 1 and RANK == 0:
+            with contextlib.suppress(OSError):  # not print(): the signal may have interrupted one
+                os.write(2, b"\nStopping: a checkpoint is saved first. Ctrl-C again stops without saving.\n")
 
     handle_signals(on_signal)
     return stop
@@ -1715,8 +1715,6 @@ def main(argv=None):
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     handle_signals(signal.default_int_handler)
-    if sys.platform == "win32":  # ES_CONTINUOUS | ES_SYSTEM_REQUIRED: no sleep while nobody uses the computer
-        ctypes.windll.kernel32.SetThreadExecutionState(0x80000001)
     status = 1
     message = ""
     try:
@@ -1747,4 +1745,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.platform == "win32":  # ES_CONTINUOUS | ES_SYSTEM_REQUIRED: no sleep while nobody uses the computer
+        ctypes.windll.kernel32.SetThreadExecutionState(0x80000001)
     sys.exit(main())

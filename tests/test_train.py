@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
@@ -100,10 +101,10 @@ def copied(trained, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for `step` seconds in a training step, `first_step` in the first one of a start, and one
-    second in each drawing. `done` has the part of the run that was done before each step. `start()` begins a new start."""
+    """A clock that moves only in training steps, `step` seconds in each and `first_step` in the first one, and one second in
+    each drawing and save. `done`: what part of the run was done before each step. `start()`: the program starts anew."""
     clock = types.SimpleNamespace(now=1000.0, step=0.5, first_step=0.5, done=[])
-    real_step, real_drawing = scriptc.training_step, scriptc.draw_pictures
+    real_step, real_drawing, real_save = scriptc.training_step, scriptc.draw_pictures, scriptc.save_checkpoint
 
     def training_step(run, numbers, done):
         clock.now += clock.first_step if clock.is_first else clock.step
@@ -115,6 +116,10 @@ def clock(monkeypatch):
         clock.now += 1
         real_drawing(run, stop)
 
+    def save_checkpoint(path, state):
+        clock.now += 1
+        real_save(path, state)
+
     def start(seconds=0):
         """Start the program, which takes `seconds` before it trains."""
         clock.is_first = True
@@ -124,6 +129,7 @@ def clock(monkeypatch):
     clock.start = start
     monkeypatch.setattr(scriptc, "training_step", training_step)
     monkeypatch.setattr(scriptc, "draw_pictures", draw_pictures)
+    monkeypatch.setattr(scriptc, "save_checkpoint", save_checkpoint)
     monkeypatch.setattr(scriptc.time, "monotonic", lambda: clock.now)
     start()
     return clock
@@ -231,7 +237,7 @@ def test_another_number_of_timesteps_trains_and_draws(folder):
 def test_minutes_are_a_budget_that_ends_with_everything_on_disk(folder, clock):
     assert here(folder, *SMALL, "--minutes", 1) == 0
     last = table(folder)[-1]
-    assert 50 < checkpoint(folder)["seconds"] <= 60
+    assert 50 < clock.now - scriptc.START <= 60
     assert float(last["lr"]) < 0.02 * 8e-3  # it falls to zero along a straight line
     assert (folder / "results" / f"epoch_{last['epoch']}_step_{last['step']}.png").exists()
     assert checkpoint(folder)["step"] == int(last["step"]) and (folder / "results" / "loss.png").exists()
@@ -328,14 +334,17 @@ sys.exit(scriptc.main(sys.argv[1:]))
 def test_a_second_ctrl_c_ends_the_program_at_once(folder):
     stopped = subprocess.Popen([sys.executable, "-c", SLOW_STEP, *command(folder, *SMALL)[2:]], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert any("in a step" in line for line in stopped.stdout)
-    stopped.send_signal(signal.SIGINT)
-    assert any("Ctrl-C again stops without saving" in line for line in stopped.stderr)
-    time.sleep(1.5)
-    assert stopped.poll() is None
-    stopped.send_signal(signal.SIGINT)
-    stopped.communicate(timeout=20)
-    assert stopped.returncode == 130
+    try:
+        assert any("in a step" in line for line in stopped.stdout)
+        stopped.send_signal(signal.SIGINT)
+        assert any("Ctrl-C again stops without saving" in line for line in stopped.stderr)
+        time.sleep(1.5)
+        assert stopped.poll() is None
+        stopped.send_signal(signal.SIGINT)
+        assert stopped.wait(timeout=60) == 130
+    finally:
+        stopped.kill()
+        stopped.communicate()
 
 
 def test_a_checkpoint_that_a_killed_run_left_unfinished_is_removed(folder):
@@ -468,13 +477,13 @@ def test_a_slow_first_step_after_a_restart_does_not_end_a_run_with_minutes(folde
     clock.first_step = 5
     clock.start()
     assert here(folder, *SMALL) == 0
-    assert clock.done[-1] > 0.9 and checkpoint(folder)["step"] > 85 and checkpoint(folder)["seconds"] <= 60
+    assert clock.done[-1] > 0.9 and checkpoint(folder)["step"] > 85 and checkpoint(folder)["seconds"] < 60
 
 
 def test_a_first_step_longer_than_half_of_the_minutes_does_not_end_the_run(folder, clock):
     clock.first_step = 20  # it compiles for 20 of 30 seconds
     assert here(folder, *SMALL, "--minutes", 0.5) == 0
-    assert len(clock.done) > 10
+    assert len(clock.done) > 5
 
 
 def test_a_loss_that_is_not_finite_at_the_end_is_said_in_a_sentence(folder, capsys, monkeypatch):
@@ -530,7 +539,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_neither_renamed_nor_le
     before = {path.name: path.read_bytes() for path in copied.glob("checkpoint*")}
 
     def fail(path, *rest, **options):
-        raise OSError(5, "Input/output error", str(path))
+        raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
         patch.setattr(zipfile, "ZipFile", fail)
@@ -915,13 +924,11 @@ sys.exit(scriptc.main(sys.argv[1:]))
 
 ARRIVING = """
 import sys, scriptc
-from fake_face.draw_faces import fill_folder
-real = scriptc.load_images
-def load(args, *rest):
-    if scriptc.RANK == 0:
-        fill_folder(args.dataroot / "new", 5, 32, seed=50)
-    return real(args, *rest)
-scriptc.load_images = load
+real = scriptc.list_files
+def list_files(args):  # when the first process looks, ten images have not arrived yet
+    files = real(args)
+    return dict([*files.items()][10:]) if scriptc.RANK == 0 else files
+scriptc.list_files = list_files
 sys.exit(scriptc.main(sys.argv[1:]))
 """
 
@@ -932,7 +939,7 @@ def test_images_that_arrive_while_several_processes_start_are_left_to_the_next_s
     script.write_text(ARRIVING)
     done = subprocess.run([*TWO_PROCESSES, script, *command(folder, *SMALL, "--max-steps", 2)[2:]], capture_output=True,
                           text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and "40 below" in done.stdout, done.stderr
+    assert done.returncode == 0 and "30 below" in done.stdout, done.stderr
 
 
 @several_processes
@@ -949,7 +956,7 @@ def test_a_killed_process_is_started_again_and_the_run_finishes(folder):
     flags = [*SMALL, "--epochs", 60, "--save-minutes", "0.001"]
     group = subprocess.Popen([*TWO_PROCESSES, "--max-restarts=3", *command(folder, *flags)[1:]], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE)
-    wait_for((folder / "checkpoint.previous.pth").exists)
+    wait_for(lambda: (folder / "checkpoint.previous.pth").exists() or group.poll() is not None)
     children = pathlib.Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     output, error = group.communicate(timeout=300)
@@ -962,8 +969,10 @@ def test_ctrl_c_ends_several_processes_with_a_checkpoint(folder):
     flags = [*SMALL, "--epochs", 10**6, "--save-minutes", 100]
     group = subprocess.Popen([*TWO_PROCESSES, *command(folder, *flags)[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True, start_new_session=True)
-    wait_for(lambda: len(table(folder)) >= 2)
-    os.killpg(group.pid, signal.SIGINT)  # as a terminal does
+    try:
+        wait_for(lambda: len(table(folder)) >= 2 or group.poll() is not None)
+    finally:
+        os.killpg(group.pid, signal.SIGINT)  # as a terminal does
     output, error = group.communicate(timeout=120)
     stopped = re.search(r"Stopped after (\d+) steps, checkpoint saved", output)
     assert stopped and checkpoint(folder)["step"] == int(stopped[1]) > 1, error
@@ -1153,15 +1162,20 @@ def test_a_folder_that_cannot_be_written_keeps_its_cache_in_results(folder, monk
     assert first[0] == second[0] and (pixels_of(first[1]) == pixels_of(second[1])).all()
 
 
-def test_a_folder_that_cannot_be_listed_for_a_moment_costs_no_cache(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["scandir", "stat"])
+def test_a_disk_that_is_away_for_a_moment_costs_no_cache(folder, monkeypatch, capsys, name):
     load(folder / "faces")
     cache = (folder / "faces" / ".faces_16px.cache").read_bytes()
 
-    def fail(path):
-        raise OSError(5, "Input/output error", str(path))
+    real = getattr(os, name)
+
+    def fail(path, **options):
+        if "faces" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", fail)
+        patch.setattr(os, name, fail)
         assert here(folder, *SMALL, "--max-steps", 1) == 1
     assert "the same command then resumes" in capsys.readouterr().err.lower()
     assert (folder / "faces" / ".faces_16px.cache").read_bytes() == cache
