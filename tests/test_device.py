@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scriptc
 from fake_face.draw_faces import fill_folder
-from tests.runs import checkpoint, command, table
+from tests.runs import SMALL, checkpoint, command, table
+from tests.systems import wait_for
 
 CUDA = torch.device("cuda", 0)
 
@@ -87,15 +88,20 @@ def test_weights_and_images_are_channels_last_except_on_an_apple_gpu_and_where_a
         assert scriptc.memory_format(torch.device("cpu")) == layout
 
 
-def test_a_gpu_trains_resumes_and_draws(tmp_path):
+def test_a_gpu_trains_resumes_after_a_kill_and_draws(tmp_path):
     fill_folder(tmp_path / "faces", 40, 32)
     visible = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    common = ["--image-size", 16, "--channels", 8, 16, "--batch-size", 16, "--device", "cuda"]
-    for flags in (["--epochs", 10], ["--epochs", 20], ["--sample", 4]):
-        done = subprocess.run(command(tmp_path, *common, *flags), capture_output=True, text=True, env=visible)
-        if "finds no cuda device" in done.stderr:
-            pytest.skip("there is no CUDA GPU")
+    flags = [*SMALL, "--save-minutes", 0.001, "--device", "cuda"]
+    killed = subprocess.Popen(command(tmp_path, *flags, "--epochs", 1000), stderr=subprocess.PIPE, text=True, env=visible)
+    wait_for(lambda: len(table(tmp_path)) >= 2 or killed.poll() is not None)
+    killed.kill()
+    _, error = killed.communicate()
+    if "finds no cuda device" in error:
+        pytest.skip("there is no CUDA GPU")
+    epochs = scriptc.read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] + 20
+    for more in (["--epochs", epochs], ["--sample", 4]):
+        done = subprocess.run(command(tmp_path, *flags, *more), capture_output=True, text=True, env=visible)
         assert done.returncode == 0, done.stderr
     losses = [float(row["train_loss"]) for row in table(tmp_path)]
-    assert checkpoint(tmp_path)["epoch"] == len(losses) == 20 and losses[-1] < 0.8 * losses[0]
+    assert checkpoint(tmp_path)["epoch"] == len(losses) == epochs and losses[-1] < 0.8 * losses[0]
     assert len([*(tmp_path / "results" / "samples").glob("*.png")]) == 4

@@ -349,7 +349,7 @@ def train_checkpoints(args, folder, steps=(2, 4, 6)):
     draw(folder / "faces", 40)
     blobs = []
     for number in steps:
-        first = (*SMALL, "--precision", "fp32") if not blobs else ("--device", "cpu", "--sample-steps", "3")
+        first = (*SMALL, "--precision", "fp32") if not blobs else ("--sample-steps", "3")
         if start(args, folder / "trained", *first, "--max-steps", number, faces=folder / "faces").wait():
             raise RuntimeError(last_line(folder / "trained" / "output"))
         blobs.append((folder / "trained" / "checkpoint.pth").read_bytes())
@@ -453,7 +453,7 @@ def mutated(args, folder):
         for name, blob in (("checkpoint.pth", checkpoint), ("checkpoint.previous.pth", previous)):
             if blob is not None:
                 (own / name).write_bytes(blob)
-        flags = ["--device", "cpu", "--sample-steps", "3", "--max-steps", "7"]
+        flags = ["--sample-steps", "3", "--max-steps", "7"]
         return forked(lambda: limited(lambda: args.module.main(command(own, "--dataroot", folder / "faces", *flags)[2:])), own)
 
     def limited(action):
@@ -597,7 +597,7 @@ def cost(args, folder):
     def measured(name, faces, *flags):
         """(seconds of each step, saves seen) of a run with the default network."""
         own, times = folder / name, set()
-        process = start(args, own, *flags, "--device", "cpu", "--sample-steps", "1", faces=folder / faces,
+        process = start(args, own, *flags, "--sample-steps", "1", faces=folder / faces,
                         threads=os.cpu_count())
         while process.poll() is None:
             with contextlib.suppress(FileNotFoundError):
