@@ -1438,7 +1438,7 @@ def printable(text):
 
 
 def raise_disk_error(error):
-    """Raise `error` if it says that the disk is away: then a folder is not empty, and a file not damaged."""
+    """Raise `error` if the disk fails or is away, which says nothing about the folder or the file on it."""
     if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
         raise error
 

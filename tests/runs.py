@@ -4,6 +4,7 @@ import csv
 import hashlib
 import pathlib
 import sys
+import zipfile
 
 import torch
 
@@ -30,8 +31,16 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
+def whole(path):
+    """The checkpoint at `path`; raises where it is not a whole one."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():
+            raise ValueError("checksum")
+    return torch.load(path, weights_only=True)
+
+
 def checkpoint(folder, name="checkpoint.pth"):
-    return torch.load(folder / name, weights_only=True)
+    return whole(folder / name)
 
 
 def digest(value):

@@ -854,6 +854,14 @@ def test_too_little_memory_for_one_image_ends_with_a_clear_message(folder, monke
 several_processes = pytest.mark.skipif(WINDOWS, reason="PyTorch for Windows is built without what torchrun needs (libuv)")
 
 
+def run_in_two_processes(code, folder, *flags):
+    """The end of the Python program `code`, run by torchrun with the arguments of a training in `folder`."""
+    script = folder / "program.py"
+    script.write_text(code)
+    return subprocess.run([*TWO_PROCESSES, script, *command(folder, *flags)[2:]], capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
 @several_processes
 def test_two_processes_learn_what_one_does(folder):
     flags = [*SMALL, "--max-steps", 20, "--precision", "fp32"]
@@ -900,10 +908,7 @@ os._exit(0)  # as main() does: at a normal exit, a thread of the process group m
 
 @several_processes
 def test_weights_that_drift_apart_between_processes_become_those_of_the_first_with_a_warning(tmp_path):
-    script = tmp_path / "drift.py"
-    script.write_text(DRIFT)
-    done = subprocess.run([*TWO_PROCESSES, script], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_in_two_processes(DRIFT, tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = done.stdout.split("drifting now")
     assert "differ" not in before and after.count("the weights of the processes differ") == 1
@@ -935,19 +940,13 @@ sys.exit(scriptc.main(sys.argv[1:]))
 
 @several_processes
 def test_images_that_arrive_while_several_processes_start_are_left_to_the_next_start(folder):
-    script = folder / "arriving.py"
-    script.write_text(ARRIVING)
-    done = subprocess.run([*TWO_PROCESSES, script, *command(folder, *SMALL, "--max-steps", 2)[2:]], capture_output=True,
-                          text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_in_two_processes(ARRIVING, folder, *SMALL, "--max-steps", 2)
     assert done.returncode == 0 and "30 below" in done.stdout, done.stderr
 
 
 @several_processes
 def test_an_error_in_one_process_ends_all_at_once(folder):
-    script = folder / "failing.py"
-    script.write_text(FAILING)
-    done = subprocess.run([*TWO_PROCESSES, script, *command(folder, *SMALL, "--epochs", 1000)[2:]], capture_output=True,
-                          text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_in_two_processes(FAILING, folder, *SMALL, "--epochs", 1000)
     assert done.returncode != 0 and "scriptc.py: this process has had enough" in done.stderr
 
 
@@ -978,14 +977,17 @@ def test_ctrl_c_ends_several_processes_with_a_checkpoint(folder):
     assert stopped and checkpoint(folder)["step"] == int(stopped[1]) > 1, error
 
 
+EACH_ITS_OWN = """
+import pathlib, sys, scriptc
+own = pathlib.Path(__file__).with_name(f"{scriptc.RANK}.pth")
+sys.exit(scriptc.main([*sys.argv[1:], "--checkpoint", str(own)]))
+"""
+
+
 @several_processes
 def test_processes_that_do_not_see_the_same_checkpoint_end_with_a_clear_message(copied):
     shutil.copy(copied / "checkpoint.pth", copied / "0.pth")
-    script = copied / "start.py"
-    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport scriptc\n"
-                      f"sys.exit(scriptc.main([*sys.argv[1:], '--checkpoint', {str(copied)!r} + f'/{{scriptc.RANK}}.pth']))")
-    flags = [*SMALL, "--epochs", "9", "--dataroot", str(copied / "faces"), "--results", str(copied / "results")]
-    done = subprocess.run([*TWO_PROCESSES, str(script), *flags], capture_output=True, text=True, timeout=300)
+    done = run_in_two_processes(EACH_ITS_OWN, copied, *SMALL, "--epochs", 9)
     assert done.returncode != 0
     assert "process 1 reads another checkpoint or other images than process 0" in done.stderr
 
@@ -1166,7 +1168,6 @@ def test_a_folder_that_cannot_be_written_keeps_its_cache_in_results(folder, monk
 def test_a_disk_that_is_away_for_a_moment_costs_no_cache(folder, monkeypatch, capsys, name):
     load(folder / "faces")
     cache = (folder / "faces" / ".faces_16px.cache").read_bytes()
-
     real = getattr(os, name)
 
     def fail(path, **options):

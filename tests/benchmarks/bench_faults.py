@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fake_face.draw_faces import fill_folder  # noqa: E402
 from tests import runs  # noqa: E402
-from tests.runs import PARTS, ROOT, command, digest, outcome, table  # noqa: E402
+from tests.runs import PARTS, ROOT, command, digest, outcome, table, whole  # noqa: E402
 
 SMALL = (*runs.SMALL, "--batch-size", "64")
 MEMORY = 500  # MB that a bad checkpoint may cost beyond a good one
@@ -132,14 +132,6 @@ def spread(function, items, jobs):
 
 def parts(state):
     return digest({name: state[name] for name in PARTS})
-
-
-def whole(path):
-    """The checkpoint at `path`; raises where it is not a whole one."""
-    with zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError("checksum")
-    return torch.load(path, weights_only=True)
 
 
 def last_line(path):
