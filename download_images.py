@@ -22,6 +22,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -85,6 +86,7 @@ class Adapter(HTTPAdapter):
         self.first_host = None  # other hosts, to which it redirects, must have public addresses
         self.aborted = False
         self.sockets = deque(maxlen=8)  # several, as redirects lead to other hosts
+        self.context = ssl.create_default_context()  # trusts the system's certificates, too, as browsers do
 
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool = super().get_connection_with_tls_context(*args, **kwargs)
@@ -99,6 +101,7 @@ class Adapter(HTTPAdapter):
                 super().connect()
                 self.sockets.append(connection.sock)
         pool.ConnectionCls = Connection
+        pool.conn_kw |= {"ssl_context": self.context} if pool.scheme == "https" else {}
         return pool
 
     def abort(self):
@@ -126,16 +129,14 @@ def fetch(session, url, timeout):
                     return read_body(response)
                 url = urljoin(response.url, response.headers["Location"].encode("latin-1").decode())
         raise RequestError(f"the site redirects more than {MAX_REDIRECTS} times", permanent=True)
-    except RequestError:
-        raise
     except Exception as error:  # requests does not wrap all that urllib3, http.client and ssl raise
-        raise explain(TimeoutError() if session.adapter.aborted else error, timeout) from None
+        raise (error if isinstance(error, RequestError) else
+               explain(TimeoutError() if session.adapter.aborted else error, timeout)) from None  # fmt: skip
 
 
 def read_body(response):
     """The body of an answer. Raises RequestError if its status is not 200, or if it is too large."""
-    code = response.status_code
-    if code != 200:
+    if (code := response.status_code) != 200:
         header = response.headers.get("Retry-After")
         wait = min(Retry().parse_retry_after(header or str(int(code == 429))), LONGEST_RETRY_AFTER)
         asked = f" and asked to wait {wait:.0f} s" if header else ""
@@ -163,11 +164,11 @@ def explain(error, timeout):
 
 
 def is_whole(file):
-    """Whether a binary file ends as a complete JPEG or PNG does; of other formats: is not empty."""
+    """Whether a binary file ends as a complete JPEG or PNG does; of other formats: is more than zeros."""
     head = file.read(1024)
     file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
     end = b"\xff\xd9" if head.startswith(b"\xff\xd8") else b"IEND" if head.startswith(b"\x89PNG") else b""
-    return end in file.read() and bool(head)
+    return end in file.read() and bool(head.strip(b"\0"))  # zeros: written before a power failure
 
 
 def check_image(body, size=None):
@@ -185,12 +186,10 @@ def check_image(body, size=None):
         file = io.BytesIO()
         ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
         return ".jpg", file.getvalue()
-    except RequestError:
-        raise
     except (Image.UnidentifiedImageError, Image.DecompressionBombError):
         raise RequestError(f"the answer is not an image of at most {MAX_PIXELS:,} pixels", True) from None
     except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
-        raise RequestError(f"the image is broken: {error}") from None
+        raise error if isinstance(error, RequestError) else RequestError(f"broken image: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -206,6 +205,7 @@ class Folder:
         self.closed = False
         self.lock = threading.Lock()
         self.path.mkdir(parents=True, exist_ok=True)
+        show(f"Looking through {self.path} ...")
         for part in self.path.glob(".*.part"):  # left by a killed run, if it is still there after a second
             with suppress(OSError):
                 time.sleep(min(max(part.stat().st_mtime + 1.0 - time.time(), 0.0), 1.0))
@@ -219,8 +219,9 @@ class Folder:
                     del self.broken[name]
 
     def image_files(self):
-        """The stem of each image file, by its name."""
-        return {path.name: path.stem for path in self.path.iterdir() if path.suffix.lower() in SUFFIXES}
+        """The stem of each image file, by its name; without hidden ones, which macOS makes beside images."""
+        return {p.name: p.stem for p in self.path.iterdir()
+                if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}  # fmt: skip
 
     def save(self, stem, suffix, data):
         """Write `data` to stem + suffix if new and wanted; return whether. Raises RequestError, GiveUp."""
@@ -253,10 +254,9 @@ class Folder:
             rest, gigabytes, warning = self.check_disk()
             if warning:
                 show(f"Warning: {warning}", sys.stderr)
-            duration = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{-(-rest // 60)} min"
             show(f"{self.path} holds {len(self.known):,} of {self.target:,} images wanted; the other "
-                 f"{rest:,} take about {duration} at one a second, and {gigabytes:.2f} GB of disk; "
-                 "the training can be started meanwhile.")  # fmt: skip
+                 f"{rest:,} take about {max(rest / 3600, 0.1):.1f} hours at one a second, and "
+                 f"{gigabytes:.2f} GB of disk; the training can be started meanwhile.")  # fmt: skip
 
     def check_disk(self):
         """(images wanted, their GB, a warning if they do not fit). Raises GiveUp if the next 1,000 do not."""
@@ -344,13 +344,14 @@ class Display:
             return
         self.updated_at = now
         done = len(self.folder.known)
-        line = tqdm.format_meter(
-            done, max(done, self.folder.target), now - self.started, unit=" images", ascii=" #",
-            ncols=(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1 if tty else None,
-            bar_format="{n_fmt}/{total_fmt} " + "|{bar}| " * tty + "{rate_fmt}, {remaining} left{postfix}",
-            postfix="{seen} seen again, {refused} refused".format_map(self.counts) + waiting,
-            initial=done - self.counts["kept"])  # fmt: skip
-        show("\r" * tty + line, sys.stderr, end="" if tty and not final else "\n")
+        with suppress(OSError):  # NUL, which Windows calls a terminal, has no size
+            line = tqdm.format_meter(
+                done, max(done, self.folder.target), now - self.started, initial=done - self.counts["kept"],
+                ncols=(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1 if tty else None,
+                postfix=waiting or "{seen} seen again, {refused} refused".format_map(self.counts), ascii=" #",
+                unit=" images", bar_format="{n_fmt}/{total_fmt} " + "|{bar}| " * tty
+                + "{rate_fmt}, {remaining} left{postfix}")  # fmt: skip
+            show("\r" * tty + line, sys.stderr, end="" if tty and not final else "\n")
 
     def close(self):
         """Let nothing be written from now on; show the counts once more, and the summary."""
@@ -358,10 +359,10 @@ class Display:
             self.folder.closed = True
         self.update(final=True)
         seconds = max(time.monotonic() - self.started, TICK)  # a coarse clock may not have ticked yet
-        new = f"{self.counts['kept']} new images in {tqdm.format_interval(seconds)}"
-        rest = "{requests} requests: {seen} seen again, {refused} refused, {transient} transient errors"
-        show(f"{new}, {self.counts['kept'] / seconds:.2f} a second, from {rest.format_map(self.counts)}. "
-             f"{self.folder.path} holds {len(self.folder.known)}.")  # fmt: skip
+        show(f"{self.counts['kept']} new images in {tqdm.format_interval(seconds)}, "
+             f"{self.counts['kept'] / seconds:.2f} a second, from "
+             "{requests} requests: {seen} seen again, {refused} refused, {transient} transient errors. "
+             .format_map(self.counts) + f"{self.folder.path} holds {len(self.folder.known)}.")  # fmt: skip
 
 
 def get_image(session, folder, args):
@@ -376,6 +377,7 @@ def download(folder, args, display):
     pace = Pace(args.max_rate)
     executor = concurrent.futures.ThreadPoolExecutor(args.workers)
     in_flight = {}  # future: (time sent, session)
+    fits = args.workers  # how many requests in flight the connection can answer in time
     idle = []  # sessions without a request
     while len(folder.known) < folder.target:
         now = time.monotonic()
@@ -388,8 +390,7 @@ def download(folder, args, display):
         for sent, session in in_flight.values():
             if now - sent > args.timeout:
                 session.adapter.abort()
-        older = sum(sent < pace.counts_from for sent, _ in in_flight.values())  # than the latest error
-        limit = 1 + older if pace.errors else args.workers
+        limit = 1 + sum(sent < pace.counts_from for sent, _ in in_flight.values()) if pace.errors else fits
         wait = max(pace.not_before, pace.last + pace.shortest, 0 if pace.errors else pace.next_at) - now
         if wait <= 0 and len(in_flight) < min(limit, args.workers, folder.target - len(folder.known)):
             session = idle.pop() if idle else new_session()
@@ -398,7 +399,7 @@ def download(folder, args, display):
             pace.next_at = now + pace.period
             display.counts["requests"] += 1
             continue
-        display.update(f", waiting {wait:.0f} s because {pace.error}" if now < pace.not_before else "")
+        display.update(f"waiting {wait:.0f} s because {pace.error}" if now < pace.not_before else "")
         awaited = in_flight or [concurrent.futures.Future()]  # wait() returns at once when it is given none
         concurrent.futures.wait(awaited, min(wait, TICK) if wait > 0 else TICK, "FIRST_COMPLETED")
         for future in [future for future in in_flight if future.done()]:
@@ -407,6 +408,7 @@ def download(folder, args, display):
                 key, added = future.result()
                 display.counts["kept" if added else "seen"] += 1
                 pace.received(sent, key, time.monotonic())
+                fits = 1 + int(0.4 * args.timeout * (len(in_flight) + 1) / max(time.monotonic() - sent, TICK))
                 idle += [] if session.adapter.aborted else [session]
             except RequestError as error:
                 session.close()  # it is not used again
@@ -430,8 +432,8 @@ def parse_args(argv):
         "--timeout": (float, 15, 0.01, 1e6, "S", "seconds that a request may take"),
     }
     for flag, (kind, default, *_, placeholder, meaning) in settings.items():
-        meaning += " (default: %(default)s)" if default else ""
-        parser.add_argument(flag, type=kind, default=default, metavar=placeholder, help=meaning)
+        parser.add_argument(flag, type=kind, default=default, metavar=placeholder,
+                            help=meaning + " (default: %(default)s)" * bool(default))  # fmt: skip
     args = parser.parse_args(argv)
     for flag, (_, _, least, most, *_) in settings.items():
         value = getattr(args, flag[2:].replace("-", "_"))
@@ -462,10 +464,10 @@ def main(argv):
     except OSError as error:
         message = f"Gave up: cannot write to {args.out}: {printable(error.strerror or error)}"
     words = [sys.executable, os.path.abspath(__file__), *argv]
-    quoted = shlex.join(words)
-    if os.name == "nt":  # whose shells know double quotes only, before which a backslash has a meaning
-        quoted = " ".join(w if re.fullmatch(r"[\w:./\\-]+", w) else '"' + w.rstrip("\\") + '"' for w in words)
-    show(f"{message}. To go on: {quoted}", sys.stderr)
+    command = shlex.join(words) if os.name != "nt" else " ".join(  # Windows' shells know double quotes only
+        w if re.fullmatch(r"[\w:./\\-]+", w) else '"' + w.rstrip("\\") + '"' for w in words)  # fmt: skip
+    show(message + ". " + "PowerShell needs & before this command. " * command.startswith('"')
+         + f"To go on: {command}", sys.stderr)  # fmt: skip
     return 130 if message == "Stopped" else 1
 
 

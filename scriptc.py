@@ -388,7 +388,7 @@ def memory_format(device):
 WARM_UP = 0.01  # share of the run in which the learning rate rises; after it, it falls linearly to zero
 MOMENTUM = 0.9  # of Muon
 EMA_POWER = 12  # after n steps, the first i of them have (i / n) ** 12 of the weight in the average
-CORE_PIXELS = 16 * 64**2  # pixels of a micro-batch for each CPU core: about as many as fit in its cache
+CORE_PIXELS = 16 * 64**2  # of images computed together, for each CPU core: about as many as fit in its cache
 COMPARED_MOST = 512  # held-out images, and as many training images, on which the losses are measured
 DRAWING_SHARE = 0.05  # of the time, at most, for the pictures along the way
 BAD_STEPS = 20  # consecutive steps without a finite gradient before giving up
@@ -467,6 +467,12 @@ def build_optimizers(model, lr, dtype):
     return {"muon": Muon(kernels, lr, dtype), "adam": adam}
 
 
+def images_at_once(most, image_size, device):
+    """How many images to compute together: `most`; on a CPU not more than fit in its caches."""
+    fit = CORE_PIXELS * torch.get_num_threads() // image_size**2 if device.type == "cpu" else most
+    return max(1, min(most, fit))
+
+
 def learning_rate(highest, done):
     """The learning rate when the part `done` (0 to 1) of the run is done; not zero in the first step."""
     return highest * min(1, (done + 1e-3) / WARM_UP) * (1 - done)
@@ -509,8 +515,7 @@ class Run:
         self.cumulative = timestep_probabilities(args.timesteps, args.image_size).cumsum(0).float().to(device)
         self.losses = torch.zeros(2, device=device)  # sum and number of the losses since the last look
         self.bad_steps = torch.zeros((), device=device)  # latest consecutive steps without a finite gradient
-        fit = CORE_PIXELS * torch.get_num_threads() // args.image_size**2
-        self.micro_batch = max(1, fit) if device.type == "cpu" else args.batch_size  # most images at a time
+        self.micro_batch = images_at_once(args.batch_size, args.image_size, device)
         self.save_due = time.monotonic()  # the first checkpoint is made at once: it shows that it can be
         self.next_drawing = self.next_line = self.next_look = 0.0
         self.speed = 0.0  # training images a second, in this epoch
@@ -543,10 +548,12 @@ class Run:
         self.train_numbers, *self.compared = split(names)
         images_hash = hashlib.sha256(repr([names[number] for number in self.train_numbers])
                                      .encode()).hexdigest()
-        state_here = (progress.epoch, progress.step, int(images_hash[:12], 16))
+        state_here = (progress.epoch, progress.step, int(images_hash[:12], 16),
+                      list(DTYPES).index(self.precision))
         if broadcast(*state_here) != state_here:
-            raise UserError(f"process {RANK} reads another checkpoint or other images than process 0: "
-                            "--checkpoint and --dataroot must be on a disk that all machines share")
+            raise UserError(f"process {RANK} has another checkpoint, other images or another precision than "
+                            "process 0: --checkpoint and --dataroot must be on a disk that all machines "
+                            "share, and GPUs of different kinds need --precision")
         if images_hash != progress.images_hash:  # the folder has changed: the epoch starts over
             progress.images_hash = images_hash
             progress.images_in_epoch = 0
@@ -560,8 +567,8 @@ class Run:
     def done(self):
         """The part of the run that is done, 0 to 1, by epochs, steps or the clock. Time counts from the end
         of the first step, and some is reserved for the last pictures and checkpoint: twice what the latest
-        ones took, at most half of all. Before there are pictures, theirs is estimated: a network evaluation
-        of an image takes a third of its training step."""
+        ones took, at most half of all. Before there are pictures, theirs is estimated, with the losses of the
+        epoch: a network evaluation of an image takes a third of its training step."""
         progress = self.progress
         args = self.args
         epochs_done = progress.epoch + progress.images_in_epoch / len(self.train_numbers)
@@ -569,7 +576,8 @@ class Run:
         if args.minutes and progress.step:
             training_seconds = self.seconds() - progress.seconds_at_first_step
             drawing = (progress.seconds_of_drawing
-                       or 64 * args.sample_steps * training_seconds / 3 / progress.images_seen)
+                       or (64 * args.sample_steps + sum(map(len, self.compared)))
+                       * training_seconds / 3 / progress.images_seen)
             reserve = 2 * (drawing + progress.seconds_of_saving)
             budget = max(60 * args.minutes - progress.seconds_at_first_step, 0.1)
             done = max(done, training_seconds / (budget - min(reserve, budget / 2)))
@@ -644,6 +652,7 @@ def sum_over_processes(tensors):
         tensor.copy_(total.view_as(tensor))
 
 
+@torch.no_grad()
 def keep_weights_equal(run):
     """All processes apply equal updates to equal weights. Where the weights differ nevertheless, as they may
     on GPUs of different kinds, all processes take those of rank 0."""
@@ -652,8 +661,10 @@ def keep_weights_equal(run):
     dist.all_reduce(differs)
     if differs > 0:
         say("warning: the weights of the processes differ: all take those of process 0")
-        for weight in (*run.weights, *run.averages):
-            dist.broadcast(weight.data, 0)
+        values = [*run.weights, *run.averages]
+        if RANK > 0:
+            torch._foreach_zero_(values)
+        sum_over_processes(values)  # not dist.broadcast, which copies memory, whatever its layout
 
 
 def training_step(run, numbers, done):
@@ -840,7 +851,8 @@ def list_files(args):
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
             file = [os.path.relpath(path, root).replace(os.sep, "/")]
             try:
-                file += [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+                status = os.stat(path)
+                file += [status.st_size, status.st_mtime_ns]
             except OSError as error:  # a link to nowhere, or deleted since
                 raise_disk_error(error)
             files[hashlib.sha256(repr(file).encode()).hexdigest().encode()] = file[0]
@@ -983,7 +995,7 @@ def save_grid(images, path, columns=8):
 
 def draw(model, count, noise=None, **settings):
     """Yield the images of sample(), computed 64 together, or fewer where memory is too small."""
-    at_once = 64
+    at_once = images_at_once(64, model.image_size, next(model.parameters()).device)
     first = 0
     while first < count:
         at_once = min(at_once, count - first)
@@ -1112,9 +1124,9 @@ def frechet_distance(seen, real):
 def distances(images, faces):
     """Euclidean distances (N, M) between images (N, 3, S, S) in [-1, 1], as they are or mirrored, whichever
     is closer, and the M images of `faces`."""
-    both = torch.stack((images, images.flip(3))).flatten(2)
-    others = (faces.batch(chunk).flatten(1) for chunk in torch.arange(len(faces.rows)).split(1000))
-    return torch.cat([torch.cdist(both, chunk).amin(0) for chunk in others], dim=1)
+    both = torch.cat((images, images.flip(3))).flatten(1)
+    others = (faces.batch(chunk).flatten(1) for chunk in torch.arange(len(faces.rows)).split(100))
+    return torch.cat([torch.cdist(both, chunk).unflatten(0, (2, -1)).amin(0) for chunk in others], dim=1)
 
 
 def save_nearest(images, faces, path):
@@ -1334,10 +1346,14 @@ OUT_OF_MEMORY = ("out of memory", "alloc_failed", "not enough memory", "can't al
                  "find an engine")
 
 
+def out_of_memory(error):
+    return any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
 def halve_or_raise(size, error):
     """Half of `size`, images at a time, after the exception `error`; raises it if it does not mean lack of
     memory, and UserError where one image is too many already or torch.compile fails."""
-    if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
+    if not out_of_memory(error):
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise UserError(f"torch.compile fails here ({first_line(error)}): leave out --compile") from None
         raise error
@@ -1370,6 +1386,8 @@ def choose_device(name):
         torch.cuda.set_device(local_rank)
         F.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(1, 3, 3, 3, device="cuda"))
     except RuntimeError as error:  # for example, PyTorch has no code for a GPU that is old or very new
+        if out_of_memory(error):
+            raise
         raise UserError(f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({first_line(error)}): "
                         f"{OTHER_PYTORCH}, or give --device cpu") from None
     if sys.platform == "win32":  # else its driver goes on in the computer's slow memory, without an error
@@ -1604,7 +1622,7 @@ def draw_samples(args, saved, device):
     folder.mkdir(exist_ok=True)
     for old in folder.glob("sample_*.png"):
         old.unlink()
-    settings = {"steps": args.sample_steps, "seed": args.seed,
+    settings = {"steps": args.sample_steps, "seed": args.seed + 1,  # not the faces of the grids
                 "precision": choose_precision(args.precision, device)}
     pictures = []
     images = progress_bar("drawing", args.sample, iterable=draw(model, args.sample, **settings))
@@ -1731,10 +1749,14 @@ def main(argv=None):
         message = (f"{error}: the disk may be full or disconnected; otherwise name folders that can be "
                    "written with --results and --checkpoint. The same command then resumes the run")
     except RuntimeError as error:
-        if PROCESSES == 1:
+        if out_of_memory(error):
+            message = (f"there is not enough memory ({first_line(error)}): end other programs that use it, "
+                       "or give --device cpu, another --image-size or narrower --channels")
+        elif PROCESSES == 1:
             raise
-        message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the same "
-                   "command resumes the checkpoint, automatically with torchrun --max-restarts=3")
+        else:
+            message = (f"process {RANK} cannot go on, most likely since another one ended ({error}): the "
+                       "same command resumes the checkpoint, automatically with torchrun --max-restarts=3")
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if message:

@@ -68,13 +68,14 @@ class FakeSite:
     Image i is on show from i * period to (i + 1) * period seconds after the first request, or for one request
     if `period` is 0.  `latency`: seconds that an answer takes.  `size`: pixels.  A request meets one of
     `faults` (names in FAULTS) with probability `fault_rate`; those put into the deque `script` come first,
-    None for none.  `retry_after`: seconds that a 429 asks for.  `location`: where a redirect leads, the
-    same page if not changed.  `encoding`: JPEG, or what else Pillow writes.  `tls`: an ssl.SSLContext for https.
+    None for none.  `bandwidth`: bytes a second that all answers share.  `retry_after`: seconds that a 429 asks
+    for.  `location`: where a redirect leads, the same page if not changed.  `encoding`: JPEG, or what else
+    Pillow writes.  `tls`: an ssl.SSLContext for https.
     """
 
     def __init__(
         self, period=1.0, latency=0.0, size=64, faults=tuple(FAULTS), fault_rate=0.0, retry_after=1, seed=0,
-        encoding="JPEG", port=0, tls=None,
+        encoding="JPEG", port=0, tls=None, bandwidth=float("inf"),
     ):  # fmt: skip
         self.period = period
         self.latency = latency
@@ -91,6 +92,8 @@ class FakeSite:
         self.stopping = threading.Event()
         self.encoding = encoding
         self.tls = tls
+        self.bandwidth = bandwidth
+        self.sending = 0  # answers on their way
         self.photographs = [self.photograph(seed + i, size) for i in range(8)]
         handler = type("Handler", (Handler,), {"site": self})
         self.server = Server(("127.0.0.1", port), handler)
@@ -219,7 +222,15 @@ class Handler(socketserver.StreamRequestHandler):
         """Send an answer and return True; `length`: the Content-Length to announce, the real one if None."""
         length = len(body) if length is None else length
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{headers}\r\n"
-        self.connection.sendall(head.encode() + body)
+        data = head.encode() + body
+        size = 1 << (12 if self.site.bandwidth < float("inf") else 24)
+        self.site.sending += 1
+        try:
+            for start in range(0, len(data), size):
+                self.connection.sendall(data[start : start + size])
+                time.sleep(size * self.site.sending / self.site.bandwidth)
+        finally:
+            self.site.sending -= 1
         return True
 
     def fault(self, name, body):

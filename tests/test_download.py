@@ -424,6 +424,15 @@ def test_once_an_image_was_received_transient_errors_are_waited_out(tmp_path):
     assert_good(tmp_path, 3)
 
 
+def test_on_a_slow_connection_no_more_requests_are_in_flight_than_are_answered_in_time(tmp_path):
+    with FakeSite(period=0, size=256) as site:
+        site.bandwidth = 4 * len(site.body(0))  # four images a second: 16 at once take four seconds
+        result = run(site.url, tmp_path, "--count", 20, "--timeout", 1)
+        assert result.returncode == 0, result.stderr
+    assert int(re.search(r"(\d+) transient errors", result.stdout)[1]) < 2 * 16
+    assert_good(tmp_path, 20)
+
+
 def test_pauses_between_tries_grow_to_half_a_minute_and_errors_of_one_moment_count_once():
     pace, now, pauses = Pace(20), 0.0, []
     for _ in range(30):
@@ -477,6 +486,14 @@ def test_over_https_too_answers_that_break_or_stall_are_waited_out(tmp_path, tls
         result = run(site.url, tmp_path / "faces", "--count", 3, "--timeout", 0.5)
         assert result.returncode == 0 and site.counts[fault] == 2, result.stderr
     assert_good(tmp_path / "faces", 3)
+
+
+def test_certificates_of_the_system_are_trusted_too(tmp_path, tls, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", os.environ["REQUESTS_CA_BUNDLE"])
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    with FakeSite(period=0, tls=tls) as site:
+        result = run(site.url, tmp_path / "faces", "--count", 3)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_certificate_that_nobody_vouches_for_is_named(tmp_path, tls, monkeypatch):
@@ -681,6 +698,22 @@ def test_an_output_that_is_closed_does_not_end_it(tmp_path):
     assert_good(tmp_path, 5)
 
 
+def test_without_any_output_a_folder_is_filled(tmp_path):
+    with FakeSite(period=0) as site:  # Windows calls the null device a terminal
+        null = subprocess.DEVNULL
+        subprocess.run(command(site.url, tmp_path, "--count", 2), stdout=null, stderr=null, timeout=60, check=True)
+    assert_good(tmp_path, 2)
+
+
+def test_files_of_zeros_and_hidden_ones_do_not_count(tmp_path):
+    (tmp_path / "after_a_power_failure.jpg").write_bytes(bytes(5000))
+    (tmp_path / "._face.jpg").write_bytes(b"attributes of a file on macOS")
+    with FakeSite(period=0) as site:
+        result = run(site.url, tmp_path, "--count", 3)
+    assert "1 broken files do not count: after_a_power_failure.jpg" in result.stdout
+    assert len(list(tmp_path.glob("[!.a]*.jpg"))) == 3
+
+
 def test_a_path_that_the_output_cannot_encode_is_written_with_backslashes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     out = made(tmp_path / "Bilder für später")
@@ -712,8 +745,9 @@ def test_it_says_first_what_will_happen_and_without_a_terminal_in_plain_lines(tm
         run(site.url, tmp_path, "--count", 2)
         result = run(site.url, tmp_path, "--count", 6000, LONGEST_PAUSE=0.0, MAX_BODY=0)  # and gives up
         size = sum(path.stat().st_size for path in tmp_path.iterdir()) / 2
-    plan, summary = result.stdout.splitlines()
+    start, plan, summary = result.stdout.splitlines()
     cost = f"the other 5,998 take about 1.7 hours at one a second, and {5998 * size / 1e9:.2f} GB of disk"
+    assert start == f"Looking through {tmp_path} ..."
     assert "holds 2 of 6,000 images wanted" in plan and cost in plan and "training" in plan
     assert "holds 2." in summary
     assert re.fullmatch(r"[ -~\n]*", result.stdout + result.stderr)

@@ -839,7 +839,8 @@ def test_with_several_processes_a_drawing_too_is_repeated_with_half_the_images(m
 
     monkeypatch.setattr(scriptc, "PROCESSES", 2)
     monkeypatch.setattr(scriptc, "sample", sample)
-    assert torch.stack([*scriptc.draw(None, 12)]).shape == (12, 3, 16, 16)
+    model = types.SimpleNamespace(image_size=16, parameters=lambda: iter([torch.zeros(1)]))
+    assert torch.stack([*scriptc.draw(model, 12)]).shape == (12, 3, 16, 16)
 
 
 def test_too_little_memory_for_one_image_ends_with_a_clear_message(folder, monkeypatch, capsys):
@@ -849,6 +850,22 @@ def test_too_little_memory_for_one_image_ends_with_a_clear_message(folder, monke
     monkeypatch.setattr(scriptc.SimpleUnet, "forward", forward)
     assert here(folder, *SMALL, "--max-steps", 3) == 1
     assert "--image-size" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_the_network_ends_with_a_clear_message(trained, monkeypatch, capsys):
+    def build_network(*_):
+        raise OUT_OF_MEMORY[0]
+
+    monkeypatch.setattr(scriptc, "build_network", build_network)
+    assert here(trained, "--sample", 2) == 1
+    assert "not enough memory (CUDA out of memory.): end other programs" in capsys.readouterr().err
+
+
+def test_on_a_cpu_no_more_images_are_computed_together_than_its_caches_hold():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert scriptc.images_at_once(64, 256, cpu) == max(1, min(64, torch.get_num_threads()))
+    assert scriptc.images_at_once(64, 2048, cpu) == 1 and scriptc.images_at_once(3, 16, cpu) == 3
+    assert scriptc.images_at_once(64, 2048, cuda) == 64
 
 
 several_processes = pytest.mark.skipif(WINDOWS, reason="PyTorch for Windows is built without what torchrun needs (libuv)")
@@ -879,7 +896,7 @@ def test_two_processes_learn_what_one_does(folder):
     done = subprocess.run(TWO_PROCESSES + command(folder, *flags)[1:], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     drawn = [np.asarray(Image.open(path)).astype(int) for path in sorted((both / "results" / "samples").iterdir())]
-    alone = scriptc.sample(scriptc.load_model(both / "checkpoint.pth"), 1, 2, first=69)
+    alone = scriptc.sample(scriptc.load_model(both / "checkpoint.pth"), 1, 2, seed=1, first=69)
     assert len(drawn) == 70 and np.abs(drawn[69] - np.asarray(scriptc.to_image(alone[0]))).max() <= 1
 
 
@@ -893,13 +910,20 @@ def test_a_process_without_an_image_of_a_small_batch_takes_part(folder):
 DRIFT = """
 import os, pathlib, sys, torch, scriptc
 scriptc.join_processes()
-run = scriptc.Run(scriptc.read_settings(["--image-size", "16", "--channels", "8", "--batch-size", "8"]), torch.device("cpu"))
+def run_with(layout):
+    scriptc.memory_format = lambda device: layout
+    args = scriptc.read_settings(["--image-size", "16", "--channels", "8", "--batch-size", "8"])
+    return scriptc.Run(args, torch.device("cpu"))
+run = run_with(torch.contiguous_format)
 scriptc.keep_weights_equal(run)
 scriptc.say("drifting now")
+if scriptc.RANK:  # another kind of device, with another layout
+    run = run_with(torch.channels_last)
 with torch.no_grad():
     run.weights[0].add_(scriptc.RANK)
 scriptc.keep_weights_equal(run)
-sums = torch.stack([weight.double().sum() for weight in run.weights]).tolist()
+sums = [(weight.double() * torch.arange(weight.numel()).view(weight.shape)).sum().item()
+        for weight in (*run.weights, *run.averages)]
 pathlib.Path(__file__).with_name(f"sums_{scriptc.RANK}").write_text(repr(sums))
 sys.stdout.flush()
 os._exit(0)  # as main() does: at a normal exit, a thread of the process group may abort the process
@@ -984,12 +1008,25 @@ sys.exit(scriptc.main([*sys.argv[1:], "--checkpoint", str(own)]))
 """
 
 
+UNLIKE_GPUS = """
+import sys, scriptc
+scriptc.choose_precision = lambda name, device: ("bf16", "fp16")[scriptc.RANK]
+sys.exit(scriptc.main(sys.argv[1:]))
+"""
+
+
+@several_processes
+def test_processes_that_compute_in_unlike_precisions_end_with_a_clear_message(folder):
+    done = run_in_two_processes(UNLIKE_GPUS, folder, *SMALL, "--max-steps", 2)
+    assert done.returncode != 0 and "GPUs of different kinds need --precision" in done.stderr
+
+
 @several_processes
 def test_processes_that_do_not_see_the_same_checkpoint_end_with_a_clear_message(copied):
     shutil.copy(copied / "checkpoint.pth", copied / "0.pth")
     done = run_in_two_processes(EACH_ITS_OWN, copied, *SMALL, "--epochs", 9)
     assert done.returncode != 0
-    assert "process 1 reads another checkpoint or other images than process 0" in done.stderr
+    assert "process 1 has another checkpoint, other images or another precision than process 0" in done.stderr
 
 
 # Drawing
@@ -1004,6 +1041,14 @@ def test_sample_needs_no_images(trained, tmp_path, capsys):
     assert here(trained, "--sample", 2, "--results", tmp_path / "new", "--dataroot", tmp_path / "none") == 0
     assert "no nearest.png: " in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "new").glob("[!.]*")} == {"samples", "samples.png", "morph.webp"}
+
+
+def test_sample_draws_other_faces_than_the_grids_of_training(copied):
+    last = max((copied / "results").glob("epoch*.png"), key=lambda path: int(path.stem.split("_")[1]))
+    assert here(copied, "--sample", 64) == 0
+    grid, samples = (np.asarray(Image.open(path)).astype(int) for path in (last, copied / "results" / "samples.png"))
+    cells = [picture[2:, 2:].reshape(8, 18, 8, 18, 3).swapaxes(1, 2).reshape(64, -1) for picture in (grid, samples)]
+    assert np.abs(cells[0][:, None] - cells[1][None]).mean(2).min() > 2
 
 
 def test_sample_draws_single_images_and_a_grid_that_repeat(copied):

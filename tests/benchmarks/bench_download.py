@@ -1,6 +1,6 @@
 """Measure download_images.py against the local site; print a markdown table.
 
-    python tests/benchmarks/bench_download.py               # every row, about six minutes
+    python tests/benchmarks/bench_download.py               # every row, about seven minutes
     python tests/benchmarks/bench_download.py latency kill  # some
     python tests/benchmarks/bench_download.py --script OLD  # each row with the script OLD first, then with this one
 
@@ -100,6 +100,16 @@ def latency(script):
         return f"{rate:.1f} images a second, plain loop {plain:.1f}: {rate / plain:.1f} times"
 
 
+def slow(script):
+    figures = []
+    for images in (4, 2):  # a second that the connection can carry
+        with tempfile.TemporaryDirectory() as out, FakeSite(period=0, size=256) as site:
+            site.bandwidth = images * len(site.body(0))
+            rate = 40 / (finish(start(script, site, out, 40, "--timeout", "1.5")) - site.times[0])
+            figures.append(f"{rate:.2f} images a second of {images} ({len(site.times)} requests)")
+    return ", ".join(figures)
+
+
 def speed(script):
     with tempfile.TemporaryDirectory() as out, FakeSite(period=0, size=1024) as site:
         count = 400
@@ -186,6 +196,7 @@ ROWS = {
     "pace-double": ("a period of 0.2 s that doubles half-way", lambda script: pace(script, 0.2, 200, doubles=True)),
     "latency": ("a new image every request, latency 200 ms, --max-rate 0", latency),
     "speed": ("a new image every request, 1024 px, latency 0, --max-rate 0", speed),
+    "slow": ("a slow connection, 40 wanted, --timeout 1.5, so that it can answer 6 or 3 at once", slow),
     "faults": ("15% faults of every kind, 400 wanted", faults),
     "kill": ("killed 50 times while filling 500", kill),
     "two": ("two processes filling one folder of 300", two),
