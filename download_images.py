@@ -86,7 +86,6 @@ class Adapter(HTTPAdapter):
         self.first_host = None  # other hosts, to which it redirects, must have public addresses
         self.aborted = False
         self.sockets = deque(maxlen=8)  # several, as redirects lead to other hosts
-        self.context = ssl.create_default_context()  # trusts the system's certificates, too, as browsers do
 
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool = super().get_connection_with_tls_context(*args, **kwargs)
@@ -101,7 +100,8 @@ class Adapter(HTTPAdapter):
                 super().connect()
                 self.sockets.append(connection.sock)
         pool.ConnectionCls = Connection
-        pool.conn_kw |= {"ssl_context": self.context} if pool.scheme == "https" else {}
+        if pool.scheme == "https" and "ssl_context" not in pool.conn_kw:
+            pool.conn_kw["ssl_context"] = ssl.create_default_context()  # the system's certificates count, too
         return pool
 
     def abort(self):

@@ -1182,7 +1182,7 @@ def write_page(folder, run=None, status=None):
                    if row[DISTANCE] is not None or (len(rows) - number) % every == 0]
         data = {"state": status, "progress": run.done(), "seconds": run.seconds(), "columns": COLUMNS,
                 "seconds_left": run.seconds_left(), "images_per_second": run.speed, "settings": run.about,
-                "history": thinned, "grids": grids(folder, rows),
+                "history": thinned, "grids": grids(folder, rows), "updated": time.time(),
                 "grid": {"side": run.args.image_size, "padding": 2, "per_row": 8, "count": 64}}
     else:
         try:
@@ -1191,7 +1191,7 @@ def write_page(folder, run=None, status=None):
             return
     names = ("denoising.png", "nearest.png", "samples.png", "loss.png", "progress.webp", "morph.webp",
              "metrics.csv")
-    data |= {"pictures": [name for name in names if os.path.exists(folder / name)], "updated": time.time()}
+    data |= {"pictures": [name for name in names if os.path.exists(folder / name)], "listed": time.time()}
     with result(path) as file:
         file.write(f"show({json.dumps(data)});\n".encode())
 

@@ -252,6 +252,12 @@ def test_a_training_without_updates_is_reported_as_stopped(copied, look):
     assert "seems to have stopped" in look(copied).inner_text("#state")
 
 
+def test_new_samples_do_not_make_a_training_that_was_killed_look_alive(copied, look):
+    write_run(copied, state="training", progress=0.5, updated=time.time() - 1000)
+    scriptc.write_page(copied)
+    assert "seems to have stopped" in look(copied).inner_text("#state")
+
+
 def test_a_run_that_draws_pictures_for_many_minutes_is_reported_as_drawing(copied, look):
     write_run(copied, state="drawing", progress=0.429, seconds_left=4000.0, updated=time.time() - 1800)
     page = look(copied)
