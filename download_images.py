@@ -87,8 +87,8 @@ class Adapter(HTTPAdapter):
         self.aborted = False
         self.sockets = deque(maxlen=8)  # several, as redirects lead to other hosts
 
-    def get_connection_with_tls_context(self, *args, **kwargs):
-        pool = super().get_connection_with_tls_context(*args, **kwargs)
+    def get_connection_with_tls_context(self, request, *args, **kwargs):
+        pool = super().get_connection_with_tls_context(request, *args, **kwargs)
         self.first_host = self.first_host or pool.host
 
         class Connection(type(pool).ConnectionCls):
@@ -100,8 +100,9 @@ class Adapter(HTTPAdapter):
                 super().connect()
                 self.sockets.append(connection.sock)
         pool.ConnectionCls = Connection
-        if pool.scheme == "https" and "ssl_context" not in pool.conn_kw:
-            pool.conn_kw["ssl_context"] = ssl.create_default_context()  # the system's certificates count, too
+        if request.url.lower().startswith("https:") and "ssl_context" not in pool.conn_kw:
+            with suppress(ssl.SSLError):  # one of the certificates of Windows, which count too, is damaged
+                pool.conn_kw["ssl_context"] = ssl.create_default_context()
         return pool
 
     def abort(self):
@@ -254,8 +255,9 @@ class Folder:
             rest, gigabytes, warning = self.check_disk()
             if warning:
                 show(f"Warning: {warning}", sys.stderr)
+            duration = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{-(-rest // 60)} min"
             show(f"{self.path} holds {len(self.known):,} of {self.target:,} images wanted; the other "
-                 f"{rest:,} take about {max(rest / 3600, 0.1):.1f} hours at one a second, and "
+                 f"{rest:,} take about {duration} at one a second, and "
                  f"{gigabytes:.2f} GB of disk; the training can be started meanwhile.")  # fmt: skip
 
     def check_disk(self):
@@ -408,7 +410,7 @@ def download(folder, args, display):
                 key, added = future.result()
                 display.counts["kept" if added else "seen"] += 1
                 pace.received(sent, key, time.monotonic())
-                fits = 1 + int(0.4 * args.timeout * (len(in_flight) + 1) / max(time.monotonic() - sent, TICK))
+                fits = 1 + int(0.4 * args.timeout * (len(in_flight) + 1) / max(time.monotonic() - sent, 0.01))
                 idle += [] if session.adapter.aborted else [session]
             except RequestError as error:
                 session.close()  # it is not used again

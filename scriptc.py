@@ -994,7 +994,7 @@ def save_grid(images, path, columns=8):
 
 
 def draw(model, count, noise=None, **settings):
-    """Yield the images of sample(), computed 64 together, or fewer where memory is too small."""
+    """Yield the images of sample(), computed at most 64 together, fewer where memory is too small."""
     at_once = images_at_once(64, model.image_size, next(model.parameters()).device)
     first = 0
     while first < count:
@@ -1386,7 +1386,7 @@ def choose_device(name):
         torch.cuda.set_device(local_rank)
         F.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(1, 3, 3, 3, device="cuda"))
     except RuntimeError as error:  # for example, PyTorch has no code for a GPU that is old or very new
-        if out_of_memory(error):
+        if out_of_memory(error) and "engine" not in str(error):
             raise
         raise UserError(f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({first_line(error)}): "
                         f"{OTHER_PYTORCH}, or give --device cpu") from None
@@ -1751,7 +1751,7 @@ def main(argv=None):
     except RuntimeError as error:
         if out_of_memory(error):
             message = (f"there is not enough memory ({first_line(error)}): end other programs that use it, "
-                       "or give --device cpu, another --image-size or narrower --channels")
+                       "or give --device cpu, a smaller --image-size or narrower --channels")
         elif PROCESSES == 1:
             raise
         else:

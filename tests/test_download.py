@@ -19,6 +19,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import requests
 from PIL import Image
 
 import download_images
@@ -488,6 +489,7 @@ def test_over_https_too_answers_that_break_or_stall_are_waited_out(tmp_path, tls
     assert_good(tmp_path / "faces", 3)
 
 
+@pytest.mark.skipif(requests.__version__ in ("2.32.2", "2.32.3", "2.32.4"), reason="these have a context of their own")
 def test_certificates_of_the_system_are_trusted_too(tmp_path, tls, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", os.environ["REQUESTS_CA_BUNDLE"])
     monkeypatch.delenv("REQUESTS_CA_BUNDLE")
@@ -706,12 +708,12 @@ def test_without_any_output_a_folder_is_filled(tmp_path):
 
 
 def test_files_of_zeros_and_hidden_ones_do_not_count(tmp_path):
-    (tmp_path / "after_a_power_failure.jpg").write_bytes(bytes(5000))
+    (tmp_path / "zeros.jpg").write_bytes(bytes(5000))  # as a power failure leaves them
     (tmp_path / "._face.jpg").write_bytes(b"attributes of a file on macOS")
     with FakeSite(period=0) as site:
         result = run(site.url, tmp_path, "--count", 3)
-    assert "1 broken files do not count: after_a_power_failure.jpg" in result.stdout
-    assert len(list(tmp_path.glob("[!.a]*.jpg"))) == 3
+    assert "1 broken files do not count: zeros.jpg" in result.stdout
+    assert len(list(tmp_path.glob("[!.z]*.jpg"))) == 3
 
 
 def test_a_path_that_the_output_cannot_encode_is_written_with_backslashes(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def read_run(folder):
 def write_run(folder, **changes):
     """Update run.js as a running training does: replace the whole file, with a new time."""
     run = read_run(folder) | {"updated": time.time()} | changes
-    (folder / "run.js.new").write_text(f"show({json.dumps(run)})\n", encoding="utf-8")
+    (folder / "run.js.new").write_text(f"show({json.dumps(run)});\n", encoding="utf-8")
     os.replace(folder / "run.js.new", folder / "run.js")
 
 
