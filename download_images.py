@@ -101,7 +101,7 @@ class Adapter(HTTPAdapter):
                 self.sockets.append(connection.sock)
         pool.ConnectionCls = Connection
         if request.url.lower().startswith("https:") and "ssl_context" not in pool.conn_kw:
-            with suppress(ssl.SSLError):  # one of the certificates of Windows, which count too, is damaged
+            with suppress(ssl.SSLError):  # the system's certificates count, too, if none is damaged
                 pool.conn_kw["ssl_context"] = ssl.create_default_context()
         return pool
 
@@ -169,7 +169,7 @@ def is_whole(file):
     head = file.read(1024)
     file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
     end = b"\xff\xd9" if head.startswith(b"\xff\xd8") else b"IEND" if head.startswith(b"\x89PNG") else b""
-    return end in file.read() and bool(head.strip(b"\0"))  # zeros: written before a power failure
+    return end in file.read() and bool(head.strip(b"\0"))  # zeros: left by a power failure
 
 
 def check_image(body, size=None):
@@ -257,8 +257,8 @@ class Folder:
                 show(f"Warning: {warning}", sys.stderr)
             duration = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{-(-rest // 60)} min"
             show(f"{self.path} holds {len(self.known):,} of {self.target:,} images wanted; the other "
-                 f"{rest:,} take about {duration} at one a second, and "
-                 f"{gigabytes:.2f} GB of disk; the training can be started meanwhile.")  # fmt: skip
+                 f"{rest:,} take about {duration} at one a second, and {gigabytes:.2f} GB of disk; "
+                 "the training can be started meanwhile.")  # fmt: skip
 
     def check_disk(self):
         """(images wanted, their GB, a warning if they do not fit). Raises GiveUp if the next 1,000 do not."""
@@ -361,10 +361,10 @@ class Display:
             self.folder.closed = True
         self.update(final=True)
         seconds = max(time.monotonic() - self.started, TICK)  # a coarse clock may not have ticked yet
+        rest = "{requests} requests: {seen} seen again, {refused} refused, {transient} transient errors"
         show(f"{self.counts['kept']} new images in {tqdm.format_interval(seconds)}, "
-             f"{self.counts['kept'] / seconds:.2f} a second, from "
-             "{requests} requests: {seen} seen again, {refused} refused, {transient} transient errors. "
-             .format_map(self.counts) + f"{self.folder.path} holds {len(self.folder.known)}.")  # fmt: skip
+             f"{self.counts['kept'] / seconds:.2f} a second, from {rest.format_map(self.counts)}. "
+             f"{self.folder.path} holds {len(self.folder.known)}.")  # fmt: skip
 
 
 def get_image(session, folder, args):

@@ -468,7 +468,7 @@ def build_optimizers(model, lr, dtype):
 
 
 def images_at_once(most, image_size, device):
-    """How many images to compute together: `most`; on a CPU not more than fit in its caches."""
+    """How many images to compute together: at most `most`, and on a CPU no more than fit in its caches."""
     fit = CORE_PIXELS * torch.get_num_threads() // image_size**2 if device.type == "cpu" else most
     return max(1, min(most, fit))
 
@@ -1173,7 +1173,7 @@ def save_curve(history, path):
 
 def write_page(folder, run=None, status=None):
     """run.js, the data of index.html: a function call, since a page that is opened from disk can load scripts
-    only. Without `run` only the list of pictures is renewed."""
+    only. Without `run` only the list of pictures and its time, `listed`, are renewed."""
     path = folder / "run.js"
     if run:
         rows = run.progress.history
@@ -1386,7 +1386,7 @@ def choose_device(name):
         torch.cuda.set_device(local_rank)
         F.conv2d(torch.ones(1, 3, 8, 8, device="cuda"), torch.ones(1, 3, 3, 3, device="cuda"))
     except RuntimeError as error:  # for example, PyTorch has no code for a GPU that is old or very new
-        if out_of_memory(error) and "engine" not in str(error):
+        if out_of_memory(error) and "engine" not in str(error):  # which is missing in a cuDNN that is too old
             raise
         raise UserError(f"PyTorch {torch.__version__} cannot use the NVIDIA GPU ({first_line(error)}): "
                         f"{OTHER_PYTORCH}, or give --device cpu") from None

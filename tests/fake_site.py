@@ -93,7 +93,7 @@ class FakeSite:
         self.encoding = encoding
         self.tls = tls
         self.bandwidth = bandwidth
-        self.sending = 0  # answers on their way
+        self.senders = set()  # the connections with an answer on its way
         self.photographs = [self.photograph(seed + i, size) for i in range(8)]
         handler = type("Handler", (Handler,), {"site": self})
         self.server = Server(("127.0.0.1", port), handler)
@@ -223,14 +223,14 @@ class Handler(socketserver.StreamRequestHandler):
         length = len(body) if length is None else length
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{headers}\r\n"
         data = head.encode() + body
-        size = 1 << (12 if self.site.bandwidth < float("inf") else 24)
-        self.site.sending += 1
+        size = 4096 if self.site.bandwidth < float("inf") else len(data)  # of the pieces
+        self.site.senders.add(self)
         try:
             for start in range(0, len(data), size):
                 self.connection.sendall(data[start : start + size])
-                time.sleep(size * self.site.sending / self.site.bandwidth)
+                time.sleep(size * len(self.site.senders) / self.site.bandwidth)
         finally:
-            self.site.sending -= 1
+            self.site.senders.discard(self)
         return True
 
     def fault(self, name, body):

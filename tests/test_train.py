@@ -1001,13 +1001,6 @@ def test_ctrl_c_ends_several_processes_with_a_checkpoint(folder):
     assert stopped and checkpoint(folder)["step"] == int(stopped[1]) > 1, error
 
 
-EACH_ITS_OWN = """
-import pathlib, sys, scriptc
-own = pathlib.Path(__file__).with_name(f"{scriptc.RANK}.pth")
-sys.exit(scriptc.main([*sys.argv[1:], "--checkpoint", str(own)]))
-"""
-
-
 UNLIKE_GPUS = """
 import sys, scriptc
 scriptc.choose_precision = lambda name, device: ("bf16", "fp16")[scriptc.RANK]
@@ -1019,6 +1012,13 @@ sys.exit(scriptc.main(sys.argv[1:]))
 def test_processes_that_compute_in_unlike_precisions_end_with_a_clear_message(folder):
     done = run_in_two_processes(UNLIKE_GPUS, folder, *SMALL, "--max-steps", 2)
     assert done.returncode != 0 and "GPUs of different kinds need --precision" in done.stderr
+
+
+EACH_ITS_OWN = """
+import pathlib, sys, scriptc
+own = pathlib.Path(__file__).with_name(f"{scriptc.RANK}.pth")
+sys.exit(scriptc.main([*sys.argv[1:], "--checkpoint", str(own)]))
+"""
 
 
 @several_processes
